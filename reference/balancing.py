@@ -1,0 +1,199 @@
+"""What keeps the load even: auxiliary losses, the correction bias, and the measures of how even it is.
+
+Loads are counted before any drop and without padding. A loss returns its unweighted value; its backward returns cotangents by the
+name of the array they belong to, "logits" or "probability" (the scores as a distribution over all experts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .gating import top_k
+from .scores import softmax_forward
+from .tokens import TokenInfo
+
+
+class LossInputs(NamedTuple):
+    """What a balance loss can see; picked_TK are the assignments before the drop."""
+
+    logits_TE: np.ndarray
+    scores_TE: np.ndarray
+    probability_TE: np.ndarray
+    expert_TK: np.ndarray
+    picked_TK: np.ndarray
+    tokens: TokenInfo
+
+
+def count_load(expert_TK: np.ndarray, picked_TK: np.ndarray, experts: int) -> np.ndarray:
+    """Assignments per expert, before any drop (load): [E] int64."""
+    return np.bincount(expert_TK[picked_TK], minlength=experts)
+
+
+def mean_probability(probability_TE: np.ndarray, tokens: TokenInfo) -> np.ndarray:
+    """Mean score share of each expert over the real tokens (importance): P_e = 1/T Σ_t p_te, [E]; 0 without real tokens."""
+    return probability_TE[tokens.real_T].sum(0) / max(int(tokens.real_T.sum()), 1)
+
+
+class BalanceCache(NamedTuple):
+    """weight_TE: ∂loss/∂probability."""
+
+    weight_TE: np.ndarray
+
+
+def _balance_forward(count_BE: np.ndarray, group_T: np.ndarray, inputs: LossInputs) -> tuple[np.ndarray, BalanceCache]:
+    """Mean over the groups that have real tokens of E Σ_e f_e P_e, with f_e = count_e / Σ count, and P_e the group's mean probability."""
+    probability_TE, real_T = inputs.probability_TE, inputs.tokens.real_T
+    experts, size_B = count_BE.shape[1], np.bincount(group_T[real_T], minlength=len(count_BE))
+    full = size_B > 0
+    share_BE = count_BE / np.maximum(count_BE.sum(1, keepdims=True), 1)
+    per_token_BE = experts * share_BE / (np.maximum(size_B, 1) * max(int(full.sum()), 1))[:, None]
+    weight_TE = (per_token_BE[group_T] * real_T[:, None]).astype(probability_TE.dtype)
+    return (weight_TE * probability_TE).sum(), BalanceCache(weight_TE)
+
+
+def balance_backward(dloss: float, cache: BalanceCache) -> dict[str, np.ndarray]:
+    """Cotangents of any Σ f P loss: dp_te = E f_e / T; f is a count and has no gradient."""
+    return {"probability": dloss * cache.weight_TE}
+
+
+def _one_group(inputs: LossInputs) -> np.ndarray:
+    return np.zeros(len(inputs.expert_TK), np.int64)
+
+
+def first_choice_balance_forward(inputs: LossInputs) -> tuple[np.ndarray, BalanceCache]:
+    """GShard's and Switch's loss (loss-first-choice): L = E Σ_e f_e P_e, f the share of first choices; 1 at even load.
+
+    Gradient: dp_te = E f_e / T.
+    Source: Fedus et al. 2021, eq. 4–6; Lepikhin et al. 2020, algorithm 1.
+    Deviates: GShard's text has 1/E Σ f P, E² times smaller, so its coefficient does not carry over; mesh-tensorflow averages it over
+    groups, here f and P are global.
+    """
+    first, picked = inputs.expert_TK[:, :1], inputs.picked_TK[:, :1]
+    count_E = count_load(first, picked, inputs.probability_TE.shape[1])
+    return _balance_forward(count_E[None], _one_group(inputs), inputs)
+
+
+def expert_balance_forward(inputs: LossInputs) -> tuple[np.ndarray, BalanceCache]:
+    """DeepSeekMoE's expert-level loss (loss-expert): L = Σ_e f_e P_e, f_e = E/(K T) · load_e; 1 at even load for every K.
+
+    Gradient: dp_te = f_e / T.
+    Source: Dai et al. 2024, eq. 12–14 (N′ and K′ count routed experts only).
+    Deviates: transformers' `load_balancing_loss_func` does not divide by K (even load gives K) and pools all layers, so that layers
+    which collapse on different experts look even.
+    """
+    count_E = count_load(inputs.expert_TK, inputs.picked_TK, inputs.probability_TE.shape[1])
+    return _balance_forward(count_E[None], _one_group(inputs), inputs)
+
+
+def sequence_balance_forward(inputs: LossInputs) -> tuple[np.ndarray, BalanceCache]:
+    """DeepSeek-V3's complementary loss (loss-sequence): the mean over sequences of Σ_e f_e P_e inside one sequence.
+
+    f counts the top-K of the scores *without* correction bias and group limit; P is the mean of the normalized scores.
+    Gradient: dp_te = f_e / (T_s · number of sequences).
+    Source: DeepSeek-V3 technical report, eq. 17–20.
+    """
+    tokens, slots = inputs.tokens, inputs.expert_TK.shape[1]
+    experts = inputs.scores_TE.shape[1]
+    unbiased_TK = top_k(inputs.scores_TE, slots)
+    count_BE = np.zeros((tokens.groups, experts), np.int64)
+    np.add.at(count_BE, (tokens.group_T[tokens.real_T][:, None], unbiased_TK[tokens.real_T]), 1)
+    return _balance_forward(count_BE, tokens.group_T, inputs)
+
+
+class RouterZCache(NamedTuple):
+    """weight_TE: ∂loss/∂logits."""
+
+    weight_TE: np.ndarray
+
+
+def router_z_forward(inputs: LossInputs) -> tuple[np.ndarray, RouterZCache]:
+    """ST-MoE's z-loss (loss-router-z): L = 1/T Σ_t (log Σ_e exp z_te)², which keeps logits small.
+
+    Gradient: dz_te = 2/T · logsumexp(z_t) · softmax(z_t)_e.
+    Source: Zoph et al. 2022, eq. 5. The logits are those before correction bias; padding does not count.
+    """
+    logits_TE, real_T = inputs.logits_TE, inputs.tokens.real_T
+    peak = logits_TE.max(1, initial=-np.inf)
+    lse_T = peak + np.log(np.exp(logits_TE - peak[:, None]).sum(1))
+    real = max(int(real_T.sum()), 1)
+    weight_TE = (2 / real * lse_T * real_T)[:, None] * softmax_forward(logits_TE)[0]
+    return (lse_T**2 * real_T).sum() / real, RouterZCache(weight_TE.astype(logits_TE.dtype))
+
+
+def router_z_backward(dloss: float, cache: RouterZCache) -> dict[str, np.ndarray]:
+    """Cotangents of `router_z_forward`."""
+    return {"logits": dloss * cache.weight_TE}
+
+
+class Loss(NamedTuple):
+    """forward: LossInputs → (value, cache); backward: (dloss, cache) → cotangents by name."""
+
+    forward: Callable[[LossInputs], tuple[np.ndarray, Any]]
+    backward: Callable[[float, Any], dict[str, np.ndarray]]
+
+
+LOSSES: dict[str, Loss] = {
+    "first_choice_balance": Loss(first_choice_balance_forward, balance_backward),
+    "expert_balance": Loss(expert_balance_forward, balance_backward),
+    "sequence_balance": Loss(sequence_balance_forward, balance_backward),
+    "router_z": Loss(router_z_forward, router_z_backward),
+}
+
+
+def no_bias_update(correction_bias: np.ndarray, load_E: np.ndarray, rate: float) -> np.ndarray:
+    """The bias as it is."""
+    return correction_bias
+
+
+def sign_bias_update(correction_bias: np.ndarray, load_E: np.ndarray, rate: float) -> np.ndarray:
+    """DeepSeek-V3's controller (bias-sign): b_e ← b_e + γ sign(mean load − load_e), once per optimizer step.
+
+    Shapes: bias [E] (fp32), load [E] over the whole batch, all ranks and all micro-batches → new bias [E], in the bias's dtype.
+    Source: Wang et al. 2024, algorithm 1; DeepSeek-V3, §2.1.2.
+    Deviates: torchtitan also subtracts the mean step, which keeps Σ b = 0 and changes no choice.
+    """
+    step_E = np.sign(load_E.mean() - load_E)
+    return (correction_bias + rate * step_E).astype(correction_bias.dtype)
+
+
+BIAS_RULES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {"none": no_bias_update, "sign": sign_bias_update}
+
+
+def max_violation(load_E: np.ndarray) -> float:
+    """How much the busiest expert exceeds the mean (max-violation): max_e load_e / mean − 1, in [0, E − 1]; 0 without any load.
+
+    Source: Wang et al. 2024, §2.
+    """
+    mean = load_E.mean()
+    return float(load_E.max() / mean - 1) if mean > 0 else 0.0
+
+
+def coefficient_of_variation(load_E: np.ndarray) -> float:
+    """Population standard deviation over mean of the load (load-cv); 0 without any load. Source: Shazeer et al. 2017, §4."""
+    mean = load_E.mean()
+    return float(load_E.std() / mean) if mean > 0 else 0.0
+
+
+def dead_experts(load_E: np.ndarray) -> int:
+    """How many experts received no assignment at all."""
+    return int((load_E == 0).sum())
+
+
+def load_entropy(load_E: np.ndarray) -> float:
+    """Entropy of the load as a share of its maximum log E (load-entropy), in [0, 1]; 1 at even load and where E = 1 or nothing is loaded."""
+    share = load_E[load_E > 0] / max(load_E.sum(), 1)
+    return float(-(share * np.log(share)).sum() / np.log(len(load_E))) if len(load_E) > 1 and len(share) else 1.0
+
+
+def drop_rate_by_position(picked_TK: np.ndarray, keep_TK: np.ndarray, position_T: np.ndarray, bins: int) -> np.ndarray:
+    """Share of assignments dropped, by the token's position in its sequence (drop-by-position): [bins], NaN where a bin is empty.
+
+    Positions 0 … max are cut into `bins` equal ranges. Source: OpenMoE (Xue et al. 2024), drop towards the end.
+    """
+    bin_T = position_T * bins // (position_T.max(initial=0) + 1)
+    picked = np.bincount(bin_T, picked_TK.sum(1), bins)
+    kept = np.bincount(bin_T, (keep_TK & picked_TK).sum(1), bins)
+    return np.divide(picked - kept, picked, out=np.full(bins, np.nan), where=picked > 0)

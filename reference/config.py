@@ -1,0 +1,335 @@
+"""`MoEConfig`: every architecture of the field is a setting of these fields.
+
+A config is `d_model` and five parts, one for each arrow of the data flow; a stage function receives its own part and nothing
+else. A field that names a choice (a score function, a drop order, a loss) is a key of a table in the stage's own file, so a new
+router is a new function and a new row, never a new branch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless the condition holds; messages name the value and the limit."""
+    if not condition:
+        raise ValueError(message)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+@dataclass(frozen=True)
+class ScoresConfig:
+    """x_TD → logits_TE → scores_TE.
+
+    function     "softmax" over the experts | "sigmoid" | "identity" (the logits; the gates are then a softmax over the chosen)
+    bias         whether the router adds a bias to its logits
+    noise        "none" | "jitter": in training the router's copy of the input is multiplied by U(1 − noise_scale, 1 + noise_scale)
+    noise_scale  its size, ≥ 0
+    """
+
+    function: str = "softmax"
+    bias: bool = False
+    noise: str = "none"
+    noise_scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(_is_amount(self.noise_scale), f"scores.noise_scale is {self.noise_scale!r}; it must be a finite number ≥ 0")
+
+
+@dataclass(frozen=True)
+class GatingConfig:
+    """scores_TE → expert_TK, gate_TK.
+
+    choice           "top_k": the K highest scores, ties to the lowest expert id
+    top_k            K, experts per token
+    correction_bias  add a per-expert bias to the scores for the choice alone; it never enters a gate
+    groups           the experts lie in this many groups of equal size, in order of their id
+    top_groups       only experts of a token's best `top_groups` groups can be chosen (−∞ outside)
+    group_score      "max" | "top2_sum": what makes a group good
+    normalize        "none" | "sum" (gates divided by their sum + eps) | "softmax" (over the chosen scores)
+    eps, scale       added to the sum; multiplied onto the gates at the end
+    second_choice    "always" | "random": GShard keeps a token's second expert with probability min(1, 2·gate)
+    """
+
+    top_k: int = 1
+    choice: str = "top_k"
+    correction_bias: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    group_score: str = "max"
+    normalize: str = "none"
+    eps: float = 0.0
+    scale: float = 1.0
+    second_choice: str = "always"
+
+    def __post_init__(self) -> None:
+        require(_is_count(self.top_k, 1), f"gating.top_k is {self.top_k!r}; a token needs at least 1 expert")
+        require(_is_count(self.groups, 1), f"gating.groups is {self.groups!r}; it must be an integer ≥ 1")
+        require(
+            _is_count(self.top_groups, 1) and self.top_groups <= self.groups,
+            f"gating.top_groups is {self.top_groups!r}; it must lie between 1 and gating.groups = {self.groups}",
+        )
+        require(_is_amount(self.eps), f"gating.eps is {self.eps!r}; it must be a finite number ≥ 0")
+        require(_is_amount(self.scale) and self.scale > 0, f"gating.scale is {self.scale!r}; it must be a finite number > 0")
+        require(
+            self.second_choice == "always" or self.top_k == 2,
+            f"gating.second_choice is {self.second_choice!r} but gating.top_k is {self.top_k}; the rule is defined for top_k = 2",
+        )
+
+
+@dataclass(frozen=True)
+class CapacityConfig:
+    """expert_TK → keep_TK: how many assignments an expert accepts from one group of tokens.
+
+    formula      "none" (dropless) | "per_assignment": ⌈factor·K·S/E⌉ | "per_token": ⌈factor·S/E⌉, S the group's real tokens
+    factor       the capacity factor in training
+    eval_factor  in evaluation; None: the same
+    minimum      no capacity is smaller than this
+    order        who comes first: "choice_major" (all first choices, then all second ones) | "token_major" (by position)
+    """
+
+    formula: str = "none"
+    factor: float = 1.0
+    eval_factor: float | None = None
+    minimum: int = 0
+    order: str = "choice_major"
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "eval_factor"):
+            value = getattr(self, name)
+            require(value is None or _is_amount(value), f"capacity.{name} is {value!r}; a capacity cannot be negative or infinite")
+        require(self.factor is not None, "capacity.factor is None; only capacity.eval_factor may be left open")
+        require(_is_count(self.minimum, 0), f"capacity.minimum is {self.minimum!r}; it must be an integer ≥ 0")
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """rows_ND → out_ND.
+
+    count         E, routed experts
+    width         F, the width of one routed expert
+    activation    "relu" | "gelu" | "swiglu"
+    bias          whether both matrices of an expert have a bias
+    shared        how many experts every token passes through, beside the routed ones
+    shared_width  the width of all of them together (they are one FFN: a sum of FFNs is a wider FFN); None: shared · width
+    """
+
+    count: int = 8
+    width: int = 16
+    activation: str = "swiglu"
+    bias: bool = False
+    shared: int = 0
+    shared_width: int | None = None
+
+    def __post_init__(self) -> None:
+        require(_is_count(self.count, 1), f"experts.count is {self.count!r}; a layer needs at least 1 expert")
+        require(_is_count(self.width, 1), f"experts.width is {self.width!r}; it must be an integer ≥ 1")
+        require(_is_count(self.shared, 0), f"experts.shared is {self.shared!r}; it must be an integer ≥ 0")
+        require(
+            self.shared_width is None or (self.shared > 0 and _is_count(self.shared_width, 1)),
+            f"experts.shared_width is {self.shared_width!r} with experts.shared = {self.shared}; it needs shared ≥ 1 and a width ≥ 1",
+        )
+
+    @property
+    def total_shared_width(self) -> int:
+        """Width of the shared experts together; 0 without them."""
+        return self.shared * self.width if self.shared_width is None else self.shared_width
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """What keeps the load even.
+
+    losses     pairs (name, weight): "first_choice_balance" (GShard, Switch) | "expert_balance" (DeepSeekMoE) |
+               "sequence_balance" (DeepSeek-V3) | "router_z" (ST-MoE)
+    bias_rule  "none" | "sign": after every optimizer step the correction bias moves by ±bias_rate against the load (DeepSeek-V3)
+    bias_rate  γ
+    """
+
+    losses: tuple[tuple[str, float], ...] = ()
+    bias_rule: str = "none"
+    bias_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "losses", tuple((str(name), weight) for name, weight in self.losses))
+        names = [name for name, _ in self.losses]
+        require(len(set(names)) == len(names), f"balance.losses names a loss twice: {names}")
+        for name, weight in self.losses:
+            require(_is_amount(weight), f"balance.losses gives {name!r} the weight {weight!r}; it must be a finite number ≥ 0")
+        require(_is_amount(self.bias_rate), f"balance.bias_rate is {self.bias_rate!r}; it must be a finite number ≥ 0")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One Mixture-of-Experts layer: its model width and the five parts of its data flow.
+
+    Raises ValueError with the values when fields contradict each other or name no function that exists.
+    """
+
+    d_model: int
+    scores: ScoresConfig = field(default_factory=ScoresConfig)
+    gating: GatingConfig = field(default_factory=GatingConfig)
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+
+    def __post_init__(self) -> None:
+        gating, experts = self.gating, self.experts
+        require(_is_count(self.d_model, 1), f"d_model is {self.d_model!r}; it must be an integer ≥ 1")
+        require(gating.top_k <= experts.count, f"gating.top_k is {gating.top_k} but experts.count is {experts.count}")
+        require(
+            experts.count % gating.groups == 0,
+            f"gating.groups is {gating.groups}, which does not divide experts.count = {experts.count}",
+        )
+        open_experts = gating.top_groups * (experts.count // gating.groups)
+        require(
+            gating.top_k <= open_experts,
+            f"gating.top_k is {gating.top_k} but top_groups = {gating.top_groups} of groups = {gating.groups} leave {open_experts} experts",
+        )
+        require(
+            self.balance.bias_rule == "none" or gating.correction_bias,
+            f"balance.bias_rule is {self.balance.bias_rule!r} but gating.correction_bias is False, so there is no bias to update",
+        )
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        """Each tagged choice must be a row of its stage's table (imported here: the stages import this file)."""
+        from . import balancing, capacity, experts, gating, scores
+
+        tables = {
+            "scores.function": (self.scores.function, scores.SCORE_FUNCTIONS),
+            "scores.noise": (self.scores.noise, scores.INPUT_NOISE),
+            "gating.choice": (self.gating.choice, gating.CHOICES),
+            "gating.group_score": (self.gating.group_score, gating.GROUP_SCORES),
+            "gating.normalize": (self.gating.normalize, gating.NORMALIZERS),
+            "gating.second_choice": (self.gating.second_choice, gating.SECOND_CHOICES),
+            "capacity.formula": (self.capacity.formula, capacity.FORMULAS),
+            "capacity.order": (self.capacity.order, capacity.ORDERS),
+            "experts.activation": (self.experts.activation, experts.ACTIVATIONS),
+            "balance.bias_rule": (self.balance.bias_rule, balancing.BIAS_RULES),
+        }
+        tables |= {"balance.losses": (name, balancing.LOSSES) for name, _ in self.balance.losses if name not in balancing.LOSSES}
+        for where, (value, table) in tables.items():
+            require(value in table, f"{where} is {value!r}; known: {', '.join(table)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, ready for JSON; `from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> MoEConfig:
+        """The config that `to_dict` wrote. Raises ValueError naming an unknown field."""
+        parts = {"scores": ScoresConfig, "gating": GatingConfig, "capacity": CapacityConfig,
+                 "experts": ExpertsConfig, "balance": BalanceConfig}  # fmt: skip
+        checked = known_fields(cls, data)
+        return cls(**{k: parts[k](**known_fields(parts[k], v)) if k in parts else v for k, v in checked.items()})
+
+
+def known_fields(cls: type, data: Any) -> dict[str, Any]:
+    """`data` as keyword arguments of the dataclass; ValueError names the first field that it does not have."""
+    require(isinstance(data, dict), f"{cls.__name__} wants a mapping of fields, got {data!r}")
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in data:
+        require(key in names, f"{cls.__name__} has no field {key!r}; known: {', '.join(names)}")
+    return data
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Attention of a whole model; the layer itself never reads it.
+
+    kind                    "gqa" (multi-head when kv_heads = heads) | "mla" (multi-head latent attention of DeepSeek-V2)
+    heads, kv_heads         query heads, key/value heads
+    head_dim                width of one head (mla: of its part without position; its value heads have v_head_dim)
+    q_rank, kv_rank, rope_dim, v_head_dim   mla: latent widths (q_rank 0: queries are not compressed) and the rotary part
+    bias, qk_norm           biases on q, k, v; an RMSNorm on queries and keys, one for each head's width
+    qk_norm_joint           that norm spans all heads together instead (OLMoE)
+    relative_buckets        a learned bias per head and bucket of distance, shared by all layers of a stack (T5); 0: none
+    """
+
+    kind: str = "gqa"
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 16
+    q_rank: int = 0
+    kv_rank: int = 0
+    rope_dim: int = 0
+    v_head_dim: int = 0
+    bias: bool = False
+    qk_norm: bool = False
+    qk_norm_joint: bool = False
+    relative_buckets: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("gqa", "mla"), f"attention.kind is {self.kind!r}; known: gqa, mla")
+        require(
+            _is_count(self.heads, 1) and _is_count(self.kv_heads, 1) and self.heads % self.kv_heads == 0,
+            f"attention.kv_heads is {self.kv_heads!r}, which does not divide attention.heads = {self.heads!r}",
+        )
+        require(_is_count(self.head_dim, 1), f"attention.head_dim is {self.head_dim!r}; it must be an integer ≥ 1")
+        require(
+            self.qk_norm or not self.qk_norm_joint, "attention.qk_norm_joint is True but attention.qk_norm is False, so there is no norm to join"
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Transformer around the layer `moe`: what is counted by `cost.py` and trained by `reference.autograd`.
+
+    layers          decoder layers;  encoder_layers: encoder layers before them (GShard, Switch), whose decoder then cross-attends
+    first_dense     the first so many layers have a dense FFN;  moe_every: of the layers after them every n-th is MoE, the last of each n
+                    (0: none); both rules hold for encoder and decoder alike
+    dense_width     F of a dense FFN;  dense_activation: its activation
+    vocabulary, tied_embeddings, max_positions (learned positions; 0: none), source: where the sizes are published
+    """
+
+    name: str
+    moe: MoEConfig
+    layers: int
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    vocabulary: int = 256
+    dense_width: int = 64
+    dense_activation: str = "swiglu"
+    first_dense: int = 0
+    moe_every: int = 1
+    encoder_layers: int = 0
+    tied_embeddings: bool = False
+    max_positions: int = 0
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        require(_is_count(self.layers, 1), f"layers is {self.layers!r}; a model needs at least 1 layer")
+        require(_is_count(self.vocabulary, 1), f"vocabulary is {self.vocabulary!r}; it must be an integer ≥ 1")
+        require(_is_count(self.first_dense, 0), f"first_dense is {self.first_dense!r}; it must be an integer ≥ 0")
+        require(_is_count(self.moe_every, 0), f"moe_every is {self.moe_every!r}; it must be an integer ≥ 0 (0: no MoE layer)")
+
+    @property
+    def d_model(self) -> int:
+        """D, the model width: the layer's."""
+        return self.moe.d_model
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) has an MoE FFN."""
+        return self.moe_every > 0 and layer >= self.first_dense and (layer - self.first_dense + 1) % self.moe_every == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, ready for JSON; `from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
+        """The config that `to_dict` wrote. Raises ValueError naming an unknown field."""
+        fields = dict(known_fields(cls, data))
+        fields["moe"] = MoEConfig.from_dict(fields["moe"])
+        fields["attention"] = AttentionConfig(**known_fields(AttentionConfig, fields.get("attention", {})))
+        return cls(**fields)

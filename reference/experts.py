@@ -1,0 +1,196 @@
+"""rows_ND → out_ND: every expert is a small feed-forward network that sees only its own rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .config import ExpertsConfig
+from .scores import sigmoid
+
+Params = dict[str, np.ndarray]
+
+
+def relu_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """h = max(u, 0) (act-relu): [N, F] → [N, F]. Gradient: du = dh where u > 0. Source: GShard; Switch Transformer."""
+    return np.maximum(pre_NM, 0), pre_NM
+
+
+def relu_backward(dhidden_NF: np.ndarray, cache: np.ndarray) -> np.ndarray:
+    """dpre of `relu_forward`."""
+    return dhidden_NF * (cache > 0)
+
+
+# NumPy has no erf; math.erf is the C library's, correct to the last bits.
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def _normal_cdf(u: np.ndarray) -> np.ndarray:
+    return (0.5 * (1 + _erf(u.astype(np.float64) / math.sqrt(2)))).astype(u.dtype)
+
+
+def gelu_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """h = u · Φ(u), the exact form (act-gelu): [N, F] → [N, F]. Gradient: du = dh (Φ(u) + u φ(u)).
+
+    Source: Hendrycks & Gimpel 2016. Deviates: GPT-2's tanh form is an approximation of it.
+    """
+    return pre_NM * _normal_cdf(pre_NM), pre_NM
+
+
+def gelu_backward(dhidden_NF: np.ndarray, cache: np.ndarray) -> np.ndarray:
+    """dpre of `gelu_forward`."""
+    density = np.exp(-0.5 * cache * cache) / np.asarray(math.sqrt(2 * math.pi), cache.dtype)
+    return dhidden_NF * (_normal_cdf(cache) + cache * density)
+
+
+class SwiGLUCache(NamedTuple):
+    """gate_proj_NF, up_NF: the two halves before the activation."""
+
+    gate_proj_NF: np.ndarray
+    up_NF: np.ndarray
+
+
+def swiglu_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, SwiGLUCache]:
+    """h = a σ(a) ⊙ u, a and u the first and the second half of the row (act-swiglu): [N, 2F] → [N, F].
+
+    Gradient: da = dh ⊙ u σ(a) (1 + a (1 − σ(a))), du = dh ⊙ a σ(a).
+    Source: Shazeer 2020 (GLU variants).
+    """
+    gate_proj_NF, up_NF = np.split(pre_NM, 2, axis=1)
+    return gate_proj_NF * sigmoid(gate_proj_NF) * up_NF, SwiGLUCache(gate_proj_NF, up_NF)
+
+
+def swiglu_backward(dhidden_NF: np.ndarray, cache: SwiGLUCache) -> np.ndarray:
+    """dpre [N, 2F] of `swiglu_forward`."""
+    a_NF, up_NF = cache
+    s_NF = sigmoid(a_NF)
+    return np.concatenate([dhidden_NF * up_NF * s_NF * (1 + a_NF * (1 - s_NF)), dhidden_NF * a_NF * s_NF], axis=1)
+
+
+class Activation(NamedTuple):
+    """gated: whether the first matrix has 2F rows (gate rows first), named `gate_up_proj`, or F, named `up_proj`."""
+
+    gated: bool
+    forward: Callable[[np.ndarray], tuple[np.ndarray, Any]]
+    backward: Callable[[np.ndarray, Any], np.ndarray]
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": Activation(False, relu_forward, relu_backward),
+    "gelu": Activation(False, gelu_forward, gelu_backward),
+    "swiglu": Activation(True, swiglu_forward, swiglu_backward),
+}
+
+
+def first_matrix(config: ExpertsConfig) -> str:
+    """Name of an expert's first matrix: "gate_up_proj" where its activation is gated, else "up_proj"."""
+    return "gate_up_proj" if ACTIVATIONS[config.activation].gated else "up_proj"
+
+
+class FFN(NamedTuple):
+    """The arrays of one feed-forward network: up [M, D] and down [D, F], with biases [M] and [D] or None; M = 2F where gated."""
+
+    up: np.ndarray
+    down: np.ndarray
+    up_bias: np.ndarray | None
+    down_bias: np.ndarray | None
+
+
+class FFNCache(NamedTuple):
+    """x_ND: its input; hidden_NF: after the activation; inner: the activation's own cache."""
+
+    x_ND: np.ndarray
+    hidden_NF: np.ndarray
+    inner: Any
+
+
+def ffn_forward(x_ND: np.ndarray, ffn: FFN, activation: str) -> tuple[np.ndarray, FFNCache]:
+    """One expert (ffn): out = W_down act(W_up x + b_up) + b_down.
+
+    Shapes: x [N, D] → (out [N, D], cache).
+    Gradient: dh = dout W_down, du = act'(dh), dx = du W_up, dW_up = duᵀ x, dW_down = doutᵀ h.
+    """
+    pre_NM = x_ND @ ffn.up.T
+    if ffn.up_bias is not None:
+        pre_NM = pre_NM + ffn.up_bias
+    hidden_NF, inner = ACTIVATIONS[activation].forward(pre_NM)
+    out_ND = hidden_NF @ ffn.down.T
+    if ffn.down_bias is not None:
+        out_ND = out_ND + ffn.down_bias
+    return out_ND, FFNCache(x_ND, hidden_NF, inner)
+
+
+def ffn_backward(dout_ND: np.ndarray, ffn: FFN, cache: FFNCache, activation: str) -> tuple[np.ndarray, FFN]:
+    """(dx [N, D], the gradients of the four arrays) of `ffn_forward`."""
+    dpre_NM = ACTIVATIONS[activation].backward(dout_ND @ ffn.down, cache.inner)
+    dup_bias = None if ffn.up_bias is None else dpre_NM.sum(0)
+    ddown_bias = None if ffn.down_bias is None else dout_ND.sum(0)
+    return dpre_NM @ ffn.up, FFN(dpre_NM.T @ cache.x_ND, dout_ND.T @ cache.hidden_NF, dup_bias, ddown_bias)
+
+
+def ffn_keys(prefix: str, config: ExpertsConfig) -> tuple[str, str, str, str]:
+    """Names of the four arrays of `prefix` ("experts" or "shared"), in the order of `FFN`."""
+    up, down = f"{prefix}.{first_matrix(config)}", f"{prefix}.down_proj"
+    return up, down, f"{up}_bias", f"{down}_bias"
+
+
+class ExpertsCache(NamedTuple):
+    """bounds_P: whose rows are whose; params, config: as given; inner: one FFNCache per expert."""
+
+    bounds_P: np.ndarray
+    params: Params
+    config: ExpertsConfig
+    inner: list[FFNCache]
+
+
+def _expert(params: Params, config: ExpertsConfig, number: int) -> FFN:
+    up, down, up_bias, down_bias = ffn_keys("experts", config)
+    biases = (params[up_bias][number], params[down_bias][number]) if config.bias else (None, None)
+    return FFN(params[up][number], params[down][number], *biases)
+
+
+def experts_forward(rows_ND: np.ndarray, bounds_P: np.ndarray, params: Params, config: ExpertsConfig) -> tuple[np.ndarray, ExpertsCache]:
+    """Every expert on its own rows (experts): out[b_e : b_e+1] = FFN_e(rows[b_e : b_e+1]).
+
+    Shapes: rows [N, D] sorted by expert, bounds [E + 1] → (out [N, D], cache). An expert without rows computes nothing.
+    """
+    out_ND, inner = np.empty_like(rows_ND), []
+    for number in range(config.count):
+        own = slice(bounds_P[number], bounds_P[number + 1])
+        out_ND[own], cache = ffn_forward(rows_ND[own], _expert(params, config, number), config.activation)
+        inner.append(cache)
+    return out_ND, ExpertsCache(bounds_P, params, config, inner)
+
+
+def experts_backward(dout_ND: np.ndarray, cache: ExpertsCache) -> tuple[np.ndarray, Params]:
+    """(drows [N, D], gradients by name) of `experts_forward`; an expert without rows gets gradients of exactly 0."""
+    bounds_P, params, config, inner = cache
+    keys = ffn_keys("experts", config)[: 4 if config.bias else 2]
+    drows_ND, dparams = np.empty_like(dout_ND), {key: np.zeros_like(params[key]) for key in keys}
+    for number in range(config.count):
+        own = slice(bounds_P[number], bounds_P[number + 1])
+        drows_ND[own], dffn = ffn_backward(dout_ND[own], _expert(params, config, number), inner[number], config.activation)
+        for key, gradient in zip(keys, dffn, strict=False):
+            dparams[key][number] = gradient
+    return drows_ND, dparams
+
+
+def _shared(params: Params, config: ExpertsConfig) -> FFN:
+    return FFN(*(params.get(key) for key in ffn_keys("shared", config)))  # type: ignore[arg-type]
+
+
+def shared_forward(x_TD: np.ndarray, params: Params, config: ExpertsConfig) -> tuple[np.ndarray, FFNCache]:
+    """The shared experts, which every token passes through with weight 1 (shared): a sum of FFNs is one FFN of their total width.
+
+    Shapes: x [T, D] → (out [T, D], cache). Source: DeepSeekMoE (Dai et al. 2024), §3.2.
+    """
+    return ffn_forward(x_TD, _shared(params, config), config.activation)
+
+
+def shared_backward(dy_TD: np.ndarray, cache: FFNCache, params: Params, config: ExpertsConfig) -> tuple[np.ndarray, Params]:
+    """(dx [T, D], gradients by name) of `shared_forward`."""
+    dx_TD, dffn = ffn_backward(dy_TD, _shared(params, config), cache, config.activation)
+    return dx_TD, {key: value for key, value in zip(ffn_keys("shared", config), dffn, strict=True) if value is not None}
