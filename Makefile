@@ -1,0 +1,58 @@
+# Every target takes
+#   PYTHON=  the interpreter (3.11 or newer)
+#   VENV=    the environment to make or to use; empty: PYTHON as it is, and nothing is installed
+#   ARGS=    more arguments for the command behind the target
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+INSTALLED :=
+else
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+endif
+MOEBIUS := $(PY) -m optimized.cli
+
+.DEFAULT_GOAL := help
+.PHONY: help install tour test model lint types parity status clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(INSTALLED)  ## make the environment, with the versions of constraints.txt
+	@echo "$(if $(INSTALLED),ready: $(PY),VENV is empty: using $(PY) as it is)"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(PY) || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("PYTHON=$(PYTHON) is " + sys.version.split()[0] + "; Moebius needs 3.11 or newer")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -c constraints.txt hatchling
+	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+tour: $(INSTALLED)  ## train a small model, look inside it, compare the tracks
+	$(MOEBIUS) tour $(ARGS)
+
+test: $(INSTALLED)  ## the fast tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow" -rs --durations=15 $(ARGS)
+
+model: $(INSTALLED)  ## train the committed model again
+	$(MOEBIUS) model $(ARGS)
+
+lint: $(INSTALLED)  ## style and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(INSTALLED)  ## type check of both tracks
+	$(PY) -m pyright --pythonpath $(PY) $(ARGS)
+
+parity: $(INSTALLED)  ## every track against the reference
+	$(MOEBIUS) parity $(ARGS)
+
+status: $(INSTALLED)  ## write the generated tables again
+	$(MOEBIUS) status $(ARGS)
+
+clean:  ## remove caches and builds; environments and committed files stay
+	rm -rf build dist site .hypothesis .pytest_cache .ruff_cache
+	find reference optimized tests docs notebooks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
