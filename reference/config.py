@@ -218,8 +218,9 @@ class MoEConfig:
             "experts.activation": (self.experts.activation, experts.ACTIVATIONS),
             "balance.bias_rule": (self.balance.bias_rule, balancing.BIAS_RULES),
         }
-        tables |= {"balance.losses": (name, balancing.LOSSES) for name, _ in self.balance.losses if name not in balancing.LOSSES}
-        for where, (value, table) in tables.items():
+        rows = [(where, value, table) for where, (value, table) in tables.items()]
+        rows += [("balance.losses", name, balancing.LOSSES) for name, _ in self.balance.losses]
+        for where, value, table in rows:
             require(value in table, f"{where} is {value!r}; known: {', '.join(table)}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -277,9 +278,9 @@ class AttentionConfig:
             f"attention.kv_heads is {self.kv_heads!r}, which does not divide attention.heads = {self.heads!r}",
         )
         require(_is_count(self.head_dim, 1), f"attention.head_dim is {self.head_dim!r}; it must be an integer ≥ 1")
-        require(
-            self.qk_norm or not self.qk_norm_joint, "attention.qk_norm_joint is True but attention.qk_norm is False, so there is no norm to join"
-        )
+        require(self.qk_norm or not self.qk_norm_joint, "attention.qk_norm_joint is True but attention.qk_norm is False: no norm to join")
+        for name in ("q_rank", "kv_rank", "rope_dim", "v_head_dim", "relative_buckets"):
+            require(_is_count(getattr(self, name), 0), f"attention.{name} is {getattr(self, name)!r}; it must be an integer ≥ 0")
 
 
 @dataclass(frozen=True)
@@ -310,6 +311,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require(_is_count(self.layers, 1), f"layers is {self.layers!r}; a model needs at least 1 layer")
         require(_is_count(self.vocabulary, 1), f"vocabulary is {self.vocabulary!r}; it must be an integer ≥ 1")
+        require(_is_count(self.dense_width, 1), f"dense_width is {self.dense_width!r}; it must be an integer ≥ 1")
+        require(_is_count(self.encoder_layers, 0), f"encoder_layers is {self.encoder_layers!r}; it must be an integer ≥ 0")
+        require(_is_count(self.max_positions, 0), f"max_positions is {self.max_positions!r}; it must be an integer ≥ 0")
         require(_is_count(self.first_dense, 0), f"first_dense is {self.first_dense!r}; it must be an integer ≥ 0")
         require(_is_count(self.moe_every, 0), f"moe_every is {self.moe_every!r}; it must be an integer ≥ 0 (0: no MoE layer)")
 

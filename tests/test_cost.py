@@ -1,0 +1,287 @@
+"""Costs: parameters against published totals, against models that others wrote, and against the arrays themselves."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reference import AttentionConfig, ExpertsConfig, GatingConfig, ModelConfig, MoEConfig, ScoresConfig, cost, init_params, presets
+from reference.layer import BUFFERS
+
+# A device context learns at its first use which constructors it redirects: here, before a fixture wraps them.
+with torch.device("meta"):
+    torch.empty(0)
+
+ALL: frozenset[str] = frozenset()
+NO_LOOKUP = frozenset({"embedding"})
+NO_TABLES = frozenset({"embedding", "head"})
+EXPERTS_ONLY = frozenset(cost.COMPONENTS) - {"routed_experts", "shared_experts"}
+
+
+class Published(NamedTuple):
+    """A printed number of billions, of which components, and how closely its print lets it be judged.
+
+    rule   "percent": within 1 %. Where the print is too coarse for that, "rounded": the count rounds to it, in units of its last
+           digit, or "cut": the count begins with its digits (3.35 printed as 3.3).
+    """
+
+    preset: str
+    what: str
+    billions: float
+    without: frozenset[str]
+    rule: str
+    unit: float
+    where: str
+
+
+PUBLISHED = [
+    Published("dense", "total", 7.3, ALL, "percent", 0.1, "Mistral 7B, announcement; the paper says 7B"),
+    Published("gshard-600b", "total", 600, ALL, "rounded", 100, "GShard, Table 1; abstract: beyond 600 billion; its sizes give 619"),
+    Published("switch-base-128", "total", 7.4, ALL, "percent", 0.1, "Switch, Tables 7 and 8"),
+    Published("switch-c-2048", "total", 1571, ALL, "percent", 1, "Switch, Table 9, with 15 encoder and 15 decoder layers"),
+    Published("mixtral-8x7b", "total", 46.7, ALL, "percent", 0.1, "Mixtral announcement; the paper says 47B"),
+    Published("mixtral-8x7b", "active", 12.9, ALL, "percent", 0.1, "Mixtral announcement; the paper says 13B"),
+    Published("mixtral-8x22b", "total", 141, ALL, "percent", 1, "Mixtral 8x22B, announcement"),
+    Published("mixtral-8x22b", "active", 39, ALL, "percent", 1, "Mixtral 8x22B, announcement"),
+    Published("olmoe-1b-7b", "total", 6.9, ALL, "percent", 0.1, "OLMoE, §2"),
+    Published("olmoe-1b-7b", "active", 1.3, ALL, "rounded", 0.1, "OLMoE, §2"),
+    Published("olmoe-1b-7b", "active", 1.2, NO_LOOKUP, "rounded", 0.1, "first version of the model card"),
+    Published("qwen3-30b-a3b", "total", 30.5, ALL, "percent", 0.1, "model card"),
+    Published("qwen3-30b-a3b", "total", 29.9, NO_TABLES, "percent", 0.1, "model card, non-embedding: neither embedding nor head"),
+    Published("qwen3-30b-a3b", "active", 3.3, ALL, "cut", 0.1, "model card"),
+    Published("qwen3-235b-a22b", "total", 235, ALL, "percent", 1, "model card"),
+    Published("qwen3-235b-a22b", "total", 234, NO_TABLES, "percent", 1, "model card, non-embedding"),
+    Published("qwen3-235b-a22b", "active", 22, ALL, "percent", 1, "model card"),
+    Published("deepseek-moe-2b", "total", 2.0, ALL, "rounded", 0.1, "DeepSeekMoE, Table 7"),
+    Published("deepseek-moe-2b", "active", 0.3, ALL, "rounded", 0.1, "DeepSeekMoE, Table 1"),
+    Published("deepseek-moe-2b", "total", 1.89, EXPERTS_ONLY, "percent", 0.01, "DeepSeekMoE, Table 2, expert parameters"),
+    Published("deepseek-moe-2b", "active", 0.24, EXPERTS_ONLY, "rounded", 0.01, "DeepSeekMoE, Table 2, expert parameters"),
+    Published("deepseek-moe-16b", "total", 16.4, ALL, "percent", 0.1, "DeepSeekMoE, Table 7"),
+    Published("deepseek-moe-16b", "active", 2.8, ALL, "rounded", 0.1, "DeepSeekMoE, §5.1.2"),
+    Published("deepseek-moe-145b", "total", 144.6, ALL, "percent", 0.1, "DeepSeekMoE, §7.1"),
+    Published("deepseek-moe-145b", "active", 22.2, ALL, "percent", 0.1, "DeepSeekMoE, §7.1"),
+    Published("deepseek-v2", "total", 236, ALL, "percent", 1, "DeepSeek-V2, §3.1.2"),
+    Published("deepseek-v2", "active", 21, NO_LOOKUP, "percent", 1, "DeepSeek-V2, §3.1.2; with the embedding 21.4"),
+    Published("deepseek-v2-lite", "total", 15.7, ALL, "percent", 0.1, "DeepSeek-V2, §B.1"),
+    Published("deepseek-v2-lite", "active", 2.4, NO_LOOKUP, "cut", 0.1, "DeepSeek-V2, §B.1; with the embedding 2.7"),
+    Published("deepseek-v3", "total", 671, ALL, "percent", 1, "DeepSeek-V3, §4.2: without the multi-token-prediction module"),
+    Published("deepseek-v3", "active", 37, NO_LOOKUP, "rounded", 1, "DeepSeek-V3, §4.2; with the embedding 37.6, which rounds to 38"),
+    Published("deepseek-v3", "active", 36.7, NO_LOOKUP, "percent", 0.1, "DeepSeek-V3 repository, README_WEIGHTS"),
+    Published("deepseek-r1", "total", 671, ALL, "percent", 1, "model card"),
+    Published("deepseek-r1", "active", 37, NO_LOOKUP, "rounded", 1, "model card"),
+]
+
+
+def by_percent(count: float, row: Published) -> bool:
+    return abs(count - row.billions) <= 0.01 * row.billions
+
+
+def by_rounding(count: float, row: Published) -> bool:
+    return abs(count - row.billions) <= row.unit / 2
+
+
+def by_cutting(count: float, row: Published) -> bool:
+    return row.billions <= count < row.billions + row.unit
+
+
+RULES = {"percent": by_percent, "rounded": by_rounding, "cut": by_cutting}
+
+
+def billions(row: Published) -> float:
+    parts = cost.model_parameters(presets.model(row.preset))
+    return getattr(cost.sum_parameters(parts, without=row.without), row.what) / 1e9
+
+
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: f"{row.preset}-{row.what}-{row.billions}")
+def test_published_sizes(row):
+    count = billions(row)
+    assert RULES[row.rule](count, row), f"{count:.4f}B, published {row.billions}B ({row.where})"
+    assert row.rule == "percent" or not by_percent(count, row), "1 % holds, so judge by it"
+
+
+def test_every_preset_has_a_published_total():
+    assert {row.preset for row in PUBLISHED if row.what == "total"} == set(presets.names())
+
+
+@pytest.mark.parametrize(("experts", "published"), [(32, 2.0), (64, 3.8), (128, 7.4), (256, 14.7)])
+def test_switch_base_with_other_numbers_of_experts(experts, published):
+    """Switch, Table 7: the same model with more and more experts."""
+    model = presets.model("switch-base-128")
+    model = replace(model, moe=replace(model.moe, experts=replace(model.moe.experts, count=experts)))
+    assert round(cost.sum_parameters(cost.model_parameters(model)).total / 1e9, 1) == published
+
+
+def common(model: ModelConfig) -> dict:
+    attention = model.attention
+    return dict(
+        hidden_size=model.d_model, num_hidden_layers=model.layers, vocab_size=model.vocabulary, intermediate_size=model.dense_width,
+        num_attention_heads=attention.heads, num_key_value_heads=attention.kv_heads, tie_word_embeddings=model.tied_embeddings,
+        num_experts_per_tok=model.moe.gating.top_k,
+    )  # fmt: skip
+
+
+def latent(model: ModelConfig) -> dict:
+    attention, experts = model.attention, model.moe.experts
+    return common(model) | dict(
+        q_lora_rank=attention.q_rank or None, kv_lora_rank=attention.kv_rank, qk_rope_head_dim=attention.rope_dim,
+        qk_nope_head_dim=attention.head_dim, v_head_dim=attention.v_head_dim, first_k_dense_replace=model.first_dense,
+        moe_intermediate_size=experts.width, n_routed_experts=experts.count, n_shared_experts=experts.shared, pad_token_id=None,
+    )  # fmt: skip
+
+
+def switch(model: ModelConfig) -> transformers.SwitchTransformersConfig:
+    sparse = sum(map(model.is_moe, range(model.layers)))
+    return transformers.SwitchTransformersConfig(
+        vocab_size=model.vocabulary, d_model=model.d_model, d_kv=model.attention.head_dim, d_ff=model.dense_width,
+        num_layers=model.encoder_layers, num_decoder_layers=model.layers, num_heads=model.attention.heads,
+        num_sparse_encoder_layers=sparse, num_sparse_decoder_layers=sparse, num_experts=model.moe.experts.count,
+        relative_attention_num_buckets=model.attention.relative_buckets,
+    )  # fmt: skip
+
+
+def mixtral(model: ModelConfig) -> transformers.MixtralConfig:
+    return transformers.MixtralConfig(**common(model), num_local_experts=model.moe.experts.count)
+
+
+def qwen3(model: ModelConfig) -> transformers.Qwen3MoeConfig:
+    experts, head_dim = model.moe.experts, model.attention.head_dim
+    return transformers.Qwen3MoeConfig(**common(model), head_dim=head_dim, moe_intermediate_size=experts.width, num_experts=experts.count)
+
+
+THEIR_CONFIGS = {
+    "dense": lambda model: transformers.MistralConfig(**common(model)),
+    "switch-base-128": switch,
+    "mixtral-8x7b": mixtral,
+    "mixtral-8x22b": mixtral,
+    "olmoe-1b-7b": lambda model: transformers.OlmoeConfig(**common(model), num_experts=model.moe.experts.count),
+    "qwen3-30b-a3b": qwen3,
+    "qwen3-235b-a22b": qwen3,
+    "deepseek-v2": lambda model: transformers.DeepseekV2Config(**latent(model)),
+    "deepseek-v2-lite": lambda model: transformers.DeepseekV2Config(**latent(model)),
+    "deepseek-v3": lambda model: transformers.DeepseekV3Config(**latent(model)),
+}
+
+
+@pytest.mark.parametrize("name", THEIR_CONFIGS)
+def test_exactly_as_many_parameters_as_in_transformers(name):
+    model = presets.model(name)
+    config = THEIR_CONFIGS[name](model)
+    auto = transformers.AutoModelForSeq2SeqLM if model.encoder_layers else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        theirs = auto.from_config(config)
+    assert cost.sum_parameters(cost.model_parameters(model)).total == sum(parameter.numel() for parameter in theirs.parameters())
+
+
+@st.composite
+def layers(draw) -> MoEConfig:
+    experts = draw(st.integers(1, 9))
+    return MoEConfig(
+        d_model=draw(st.integers(1, 7)),
+        scores=ScoresConfig(bias=draw(st.booleans())),
+        gating=GatingConfig(top_k=draw(st.integers(1, experts)), correction_bias=draw(st.booleans())),
+        experts=ExpertsConfig(
+            count=experts,
+            width=draw(st.integers(1, 6)),
+            activation=draw(st.sampled_from(["relu", "gelu", "swiglu"])),
+            bias=draw(st.booleans()),
+            shared=draw(st.integers(0, 2)),
+        ),
+    )
+
+
+@st.composite
+def models(draw) -> ModelConfig:
+    kv_heads, encoder = draw(st.integers(1, 3)), draw(st.integers(0, 3))
+    kind = draw(st.sampled_from(["gqa", "mla"]))
+    heads = kv_heads * draw(st.integers(1, 3))
+    ranks = dict(q_rank=draw(st.integers(0, 3)), kv_rank=3, rope_dim=2, v_head_dim=4) if kind == "mla" else {}
+    attention = AttentionConfig(kind, heads, kv_heads, head_dim=draw(st.integers(1, 4)), **ranks)
+    return ModelConfig(
+        "drawn",
+        draw(layers()),
+        layers=draw(st.integers(1, 5)),
+        attention=attention,
+        vocabulary=draw(st.integers(1, 9)),
+        dense_width=5,
+        first_dense=draw(st.integers(0, 3)),
+        moe_every=draw(st.integers(0, 3)),
+        encoder_layers=encoder,
+        max_positions=draw(st.integers(0, 4)),
+    )
+
+
+@given(layers())
+def test_a_layer_counts_its_arrays(config):
+    arrays = init_params(config, np.random.default_rng(0))
+    counts = cost.layer_parameters(config)
+    assert sum(count.total for count in counts.values()) == sum(a.size for name, a in arrays.items() if name not in BUFFERS)
+    one_expert = sum(a[0].size for name, a in arrays.items() if name.startswith("experts."))
+    assert counts["routed_experts"].active == config.gating.top_k * one_expert
+
+
+@given(layers())
+def test_all_experts_chosen_means_all_parameters_active(config):
+    counts = cost.layer_parameters(replace(config, gating=replace(config.gating, top_k=config.experts.count)))
+    assert all(count.active == count.total for count in counts.values())
+
+
+@settings(max_examples=60)
+@given(models())
+def test_components_of_a_model(model):
+    parts = cost.model_parameters(model)
+    assert tuple(parts) == cost.COMPONENTS
+    assert all(0 <= count.active <= count.total for count in parts.values())
+    everything = cost.sum_parameters(parts)
+    assert everything.total - everything.active == parts["routed_experts"].total - parts["routed_experts"].active
+    halves = [cost.sum_parameters(parts, without=set(cost.COMPONENTS[i::2])) for i in (0, 1)]
+    assert halves[0].total + halves[1].total == everything.total
+    assert (parts["cross_attention"].total > 0) == (model.encoder_layers > 0)
+    assert (parts["router"].total == 0) == (not any(map(model.is_moe, range(max(model.layers, model.encoder_layers)))))
+
+
+@settings(max_examples=60)
+@given(models())
+def test_one_more_layer_costs_that_layer(model):
+    fewer, more = cost.model_parameters(model), cost.model_parameters(replace(model, layers=model.layers + 1))
+    grown = {name: more[name].total - fewer[name].total for name in cost.COMPONENTS}
+    assert (grown["router"] > 0) == model.is_moe(model.layers)
+    assert (grown["dense_ffn"] > 0) == (not model.is_moe(model.layers))
+    assert grown["norms"] == (3 if model.encoder_layers else 2) * model.d_model
+    assert grown["embedding"] == grown["head"] == 0
+
+
+@settings(max_examples=30)
+@given(models())
+def test_tied_embeddings_are_counted_once(model):
+    free, tied = (cost.sum_parameters(cost.model_parameters(replace(model, tied_embeddings=flag))) for flag in (False, True))
+    assert free.total - tied.total == model.vocabulary * model.d_model
+
+
+@pytest.mark.parametrize("without", [{"embeddings"}, {"embedding", "experts"}])
+def test_unknown_component(without):
+    with pytest.raises(ValueError, match=r"there is no component '(embeddings|experts)'; known: embedding, attention"):
+        cost.sum_parameters(cost.model_parameters(presets.model("dense")), without=without)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: AttentionConfig(qk_norm_joint=True), "qk_norm_joint is True but attention.qk_norm is False"),
+        (lambda: AttentionConfig(relative_buckets=-1), "attention.relative_buckets is -1; it must be an integer ≥ 0"),
+        (lambda: AttentionConfig("mla", kv_rank=1.5), "attention.kv_rank is 1.5"),
+        (lambda: replace(presets.model("dense"), encoder_layers=-2), "encoder_layers is -2"),
+        (lambda: replace(presets.model("dense"), max_positions=None), "max_positions is None"),
+        (lambda: replace(presets.model("dense"), dense_width=0), "dense_width is 0; it must be an integer ≥ 1"),
+    ],
+)
+def test_sizes_that_cannot_be_counted(build, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build()
