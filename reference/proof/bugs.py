@@ -1,0 +1,25 @@
+"""The bug museum: real mistakes of real Mixture-of-Experts code, each beside the check that catches it.
+
+Four rooms (`museum_losses`, `museum_gates`, `museum_capacity`, `museum_layer`) hold the pieces; a piece is a `Bug`: where it was seen,
+the wrong function, the right one (the reference's), and a check that accepts only the right one.
+"""
+
+from __future__ import annotations
+
+from ..config import require
+from . import museum_capacity, museum_gates, museum_layer, museum_losses
+from .exhibit import Bug
+
+ROOMS: dict[str, tuple[Bug, ...]] = {
+    "losses": museum_losses.BUGS,
+    "gates": museum_gates.BUGS,
+    "capacity": museum_capacity.BUGS,
+    "layer": museum_layer.BUGS,
+}
+MUSEUM: dict[str, Bug] = {bug.name: bug for room in ROOMS.values() for bug in room}
+
+
+def get(name: str) -> Bug:
+    """The piece of this name. Raises ValueError with the known names."""
+    require(name in MUSEUM, f"the museum has no bug {name!r}; known: {', '.join(MUSEUM)}")
+    return MUSEUM[name]
