@@ -1,0 +1,62 @@
+"""Each paper's layer as a straight line: no flags, the paper's order, checked against the layer that `MoEConfig` drives.
+
+A recipe writes the training pass of its paper for real tokens: `forward(x_TD, params, config, group_T, draws) -> (y_TD, losses)`.
+It reads sizes and factors from the config and never asks which router it is: that is what the file says. `run` adds what no paper
+has, padding and the numbering of groups. Unlike the sorted dispatch of the layer, a recipe computes the sum over all experts, or
+GShard's einsums; so the two share score functions, top-k and networks, and differ in the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from ..config import MoEConfig, require
+from ..experts import Params
+from ..layer import check_input, check_params
+from ..tokens import Draws, token_info
+from . import deepseek_moe, deepseek_v2, deepseek_v3, dense, gshard, mixtral, olmoe, qwen3_moe, switch
+
+Recipe = Callable[[np.ndarray, Params, MoEConfig, np.ndarray, Draws], tuple[np.ndarray, dict[str, float]]]
+
+RECIPES: dict[str, Recipe] = {
+    "dense": dense.forward,
+    "gshard-600b": gshard.forward,
+    "switch-base-128": switch.forward,
+    "switch-c-2048": switch.forward,
+    "mixtral-8x7b": mixtral.forward,
+    "mixtral-8x22b": mixtral.forward,
+    "olmoe-1b-7b": olmoe.forward,
+    "qwen3-30b-a3b": qwen3_moe.forward,
+    "qwen3-235b-a22b": qwen3_moe.forward,
+    "deepseek-moe-2b": deepseek_moe.forward,
+    "deepseek-moe-16b": deepseek_moe.forward,
+    "deepseek-moe-145b": deepseek_moe.forward,
+    "deepseek-v2": deepseek_v2.forward,
+    "deepseek-v2-lite": deepseek_moe.forward,
+    "deepseek-v3": deepseek_v3.forward,
+    "deepseek-r1": deepseek_v3.forward,
+}
+
+
+def run(
+    name: str, x_TD: np.ndarray, params: Params, config: MoEConfig, *,
+    rng: np.random.Generator | None = None, group_ids: np.ndarray | None = None, pad_mask: np.ndarray | None = None,
+    draws: Mapping[str, np.ndarray] | None = None,
+) -> tuple[np.ndarray, dict[str, float]]:  # fmt: skip
+    """(y [T, D], unweighted losses by name) of the recipe of preset `name`, in training.
+
+    Shapes: x [T, D]; group_ids [T] int; pad_mask [T] bool, True for padding, which no recipe sees and whose y is 0.
+    draws: the recorded random numbers of a layer's pass (`routing.draws`), to compare under noise; else they come from rng.
+    Raises: ValueError for an unknown name, or as `moe_forward` does.
+    """
+    require(name in RECIPES, f"there is no recipe {name!r}; known: {', '.join(RECIPES)}")
+    check_input(x_TD, config)
+    check_params(params, config)
+    tokens = token_info(len(x_TD), None, group_ids, pad_mask)
+    real_T = tokens.real_T
+    replayed = None if draws is None else {key: np.asarray(value)[real_T] for key, value in draws.items()}
+    y_TD = np.zeros_like(x_TD)
+    y_TD[real_T], losses = RECIPES[name](x_TD[real_T], params, config, tokens.group_T[real_T], Draws(rng, replayed))
+    return y_TD, losses
