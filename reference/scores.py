@@ -52,6 +52,7 @@ def jitter(x_TD: np.ndarray, scale: float, draws: Draws) -> tuple[np.ndarray, np
     Source: Fedus et al. 2021, appendix of Switch Transformer; mesh-tensorflow's `moe.py`.
     Deviates: transformers' Mixtral multiplies the hidden states themselves, so that the experts see the noise.
     """
+    x_TD = at_least_fp32(x_TD)
     factor_TD = (1 - scale + 2 * scale * draws.uniform("jitter", x_TD.shape)).astype(x_TD.dtype)
     return x_TD * factor_TD, factor_TD
 

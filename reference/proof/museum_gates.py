@@ -126,9 +126,9 @@ def zero_outside_the_groups(choice_TE: np.ndarray, config: GatingConfig) -> np.n
     return np.where(np.isneginf(limited_TE), 0.0, limited_TE)
 
 
-def best_expert_of_a_group(choice_TGM: np.ndarray) -> np.ndarray:
+def best_expert_of_a_group(choice_TGI: np.ndarray) -> np.ndarray:
     """Scores a group by its best expert alone where the model sums the best two."""
-    return choice_TGM.max(2)
+    return choice_TGI.max(2)
 
 
 def normalized(chosen_TK: np.ndarray) -> np.ndarray:

@@ -1,0 +1,73 @@
+"""rows_ND → out_ND in PyTorch; the equations and sources are those of `reference.experts`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ExpertsConfig
+from ..experts import ffn_keys
+
+Params = Mapping[str, Tensor]
+
+
+def relu_forward(pre_NM: Tensor) -> Tensor:
+    """h = max(u, 0) (act-relu): [N, F] → [N, F]."""
+    return nn.functional.relu(pre_NM)
+
+
+def gelu_forward(pre_NM: Tensor) -> Tensor:
+    """h = u · Φ(u), the exact form (act-gelu): [N, F] → [N, F]."""
+    return nn.functional.gelu(pre_NM)
+
+
+def swiglu_forward(pre_NM: Tensor) -> Tensor:
+    """h = a σ(a) ⊙ u, a and u the first and the second half of the row (act-swiglu): [N, 2F] → [N, F]."""
+    gate_proj_NF, up_NF = pre_NM.chunk(2, dim=1)
+    return nn.functional.silu(gate_proj_NF) * up_NF
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu_forward, "gelu": gelu_forward, "swiglu": swiglu_forward}
+
+
+class FFN(NamedTuple):
+    """The tensors of one feed-forward network: up [M, D] and down [D, F], with biases [M] and [D] or None; M = 2F where gated."""
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
+def ffn_forward(x_ND: Tensor, ffn: FFN, activation: str) -> Tensor:
+    """One expert (ffn): [N, D] → [N, D], in the dtype of its operands, or that of autocast."""
+    hidden_NF = ACTIVATIONS[activation](nn.functional.linear(x_ND, ffn.up, ffn.up_bias))
+    return nn.functional.linear(hidden_NF, ffn.down, ffn.down_bias)
+
+
+def _unstacked(params: Params, config: ExpertsConfig) -> list[FFN]:
+    # One unbind of each stack has one backward; indexing it E times would make E gradients of the whole stack.
+    keys = ffn_keys("experts", config)
+    up, down, *biases = (params[key].unbind() for key in keys[: 4 if config.bias else 2])
+    up_bias, down_bias = biases or ([None] * config.count, [None] * config.count)
+    return [FFN(*tensors) for tensors in zip(up, down, up_bias, down_bias, strict=True)]
+
+
+def experts_forward(rows_ND: Tensor, bounds_P: Tensor, params: Params, config: ExpertsConfig) -> Tensor:
+    """Every expert on its own rows (experts): rows [N, D] sorted by expert, bounds [E + 1] → out [N, D].
+
+    The loop needs the bounds on the host and waits for the device. An expert without rows runs on zero rows, so its gradient is a 0.
+    """
+    # One split has one backward; slicing E times would make E gradients of all rows.
+    own_rows = rows_ND.split(bounds_P.diff().tolist())
+    networks = _unstacked(params, config)
+    return torch.cat([ffn_forward(own_ND, network, config.activation) for own_ND, network in zip(own_rows, networks, strict=True)])
+
+
+def shared_forward(x_TD: Tensor, params: Params, config: ExpertsConfig) -> Tensor:
+    """The shared experts, which every token passes through with weight 1 (shared): [T, D] → [T, D]."""
+    up, down, up_bias, down_bias = ffn_keys("shared", config)
+    return ffn_forward(x_TD, FFN(params[up], params[down], params.get(up_bias), params.get(down_bias)), config.activation)
