@@ -183,7 +183,7 @@ def dead_experts(load_E: np.ndarray) -> int:
 
 
 def load_entropy(load_E: np.ndarray) -> float:
-    """Entropy of the load as a share of its maximum log E (load-entropy), in [0, 1]; 1 at even load and where E = 1 or nothing is loaded."""
+    """Entropy of the load as a share of its maximum log E (load-entropy), in [0, 1]; 1 at even load, where E = 1 and without any load."""
     share = load_E[load_E > 0] / max(load_E.sum(), 1)
     return float(-(share * np.log(share)).sum() / np.log(len(load_E))) if len(load_E) > 1 and len(share) else 1.0
 

@@ -20,18 +20,18 @@ def top_k(value_TE: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(-value_TE, axis=1, kind="stable")[:, :count]
 
 
-def group_max(choice_TGM: np.ndarray) -> np.ndarray:
+def group_max(choice_TGI: np.ndarray) -> np.ndarray:
     """A group is as good as its best expert (group-max): [T, G, E/G] → [T, G]. Source: DeepSeek-V2, §2.2.2."""
-    return choice_TGM.max(2)
+    return choice_TGI.max(2)
 
 
-def group_top2_sum(choice_TGM: np.ndarray) -> np.ndarray:
+def group_top2_sum(choice_TGI: np.ndarray) -> np.ndarray:
     """A group is as good as its two best experts together (group-top2-sum): [T, G, E/G] → [T, G].
 
     Source: DeepSeek-V3, §2.1.2, where it is the sum of the K / top_groups = 8 / 4 best.
     Deviates: Megatron-LM sums the K / top_groups best for any K; transformers and torchtitan always two, as here.
     """
-    return np.sort(choice_TGM, axis=2)[:, :, -2:].sum(2)
+    return np.sort(choice_TGI, axis=2)[:, :, -2:].sum(2)
 
 
 GROUP_SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"max": group_max, "top2_sum": group_top2_sum}
@@ -46,11 +46,11 @@ def limit_to_groups(choice_TE: np.ndarray, config: GatingConfig) -> np.ndarray:
     if config.top_groups == config.groups:
         return choice_TE
     tokens, experts = choice_TE.shape
-    choice_TGM = choice_TE.reshape(tokens, config.groups, experts // config.groups)
-    best = top_k(GROUP_SCORES[config.group_score](choice_TGM), config.top_groups)
+    choice_TGI = choice_TE.reshape(tokens, config.groups, experts // config.groups)
+    best = top_k(GROUP_SCORES[config.group_score](choice_TGI), config.top_groups)
     open_TG = np.zeros((tokens, config.groups), bool)
     np.put_along_axis(open_TG, best, True, axis=1)
-    return np.where(open_TG[:, :, None], choice_TGM, -np.inf).reshape(tokens, experts)
+    return np.where(open_TG[:, :, None], choice_TGI, -np.inf).reshape(tokens, experts)
 
 
 def choose_top_k(choice_TE: np.ndarray, config: GatingConfig, tokens: TokenInfo) -> tuple[np.ndarray, np.ndarray]:

@@ -101,13 +101,19 @@ def check_input(x_TD: np.ndarray, config: MoEConfig) -> None:
     require(len(broken) == 0, f"x holds NaN or infinity, in tokens {broken[:5].tolist()}")
 
 
-def check_replay(replay: Routing, tokens: int, config: MoEConfig) -> None:
+def check_replay(replay: Routing, tokens: TokenInfo, config: MoEConfig) -> None:
     """ValueError unless the recorded choices fit this pass."""
-    expert_TK = np.asarray(replay.expert)
-    require(expert_TK.ndim == 2 and len(expert_TK) == tokens, f"replay.expert has shape {expert_TK.shape}; x has {tokens} tokens")
-    require(expert_TK.shape == np.shape(replay.keep), f"replay.keep has shape {np.shape(replay.keep)}, replay.expert {expert_TK.shape}")
+    expert_TK, keep_TK, count = np.asarray(replay.expert), np.asarray(replay.keep), config.experts.count
+    needed = (len(tokens.real_T), config.gating.top_k)
+    require(expert_TK.shape == needed, f"replay.expert has shape {expert_TK.shape}; this pass needs {needed}")
+    require(expert_TK.dtype.kind in "iu", f"replay.expert has dtype {expert_TK.dtype}; it must be integer")
+    require(keep_TK.shape == needed, f"replay.keep has shape {keep_TK.shape}, replay.expert {expert_TK.shape}")
+    require(keep_TK.dtype == bool, f"replay.keep has dtype {keep_TK.dtype}; it must be bool")
     low, high = expert_TK.min(initial=0), expert_TK.max(initial=0)
-    require(low >= 0 and high < config.experts.count, f"replay.expert has ids {low} … {high}; the layer has {config.experts.count} experts")
+    require(low >= 0 and high < count, f"replay.expert has ids {low} … {high}; the layer has {count} experts")
+    require(np.shape(replay.load) == (count,), f"replay.load has shape {np.shape(replay.load)}; the layer has {count} experts")
+    kept_pads = np.flatnonzero(keep_TK.any(1) & ~tokens.real_T)
+    require(len(kept_pads) == 0, f"replay keeps assignments of padding, in tokens {kept_pads[:5].tolist()}")
 
 
 class RouteCache(NamedTuple):
@@ -156,14 +162,21 @@ def route_forward(
         expert_TK, picked_TK, keep_TK = _decide(scores_TE, bias, config, tokens, draws, training=training)
         load_E = count_load(expert_TK, picked_TK, config.experts.count)
     else:
-        check_replay(replay, len(x_TD), config)
+        check_replay(replay, tokens, config)
         expert_TK, keep_TK, load_E = (np.asarray(a) for a in (replay.expert, replay.keep, replay.load))
         picked_TK = np.repeat(tokens.real_T[:, None], expert_TK.shape[1], axis=1)
     gate_TK, gates_cache = gates_forward(scores_TE, expert_TK, config.gating)
     inputs = LossInputs(logits_TE, scores_TE, probability_TE, expert_TK, picked_TK, tokens)
     results = {name: LOSSES[name].forward(inputs) for name, _ in config.balance.losses} if training else {}
     routing = Routing(
-        expert_TK, np.where(keep_TK, gate_TK, 0), keep_TK, load_E, mean_probability(probability_TE, tokens), logits_TE, scores_TE, draws.taken
+        expert_TK,
+        np.where(keep_TK, gate_TK, 0),
+        keep_TK,
+        load_E,
+        mean_probability(probability_TE, tokens),
+        logits_TE,
+        scores_TE,
+        draws.taken,
     )
     cache = RouteCache(
         config, noise_factor, logits_cache, scores_cache, probability_cache, gates_cache, keep_TK, {n: c for n, (_, c) in results.items()}
@@ -268,7 +281,9 @@ def _loss_cotangents(dloss: float | Mapping[str, float], cache: LayerCache) -> d
     if not isinstance(dloss, Mapping):
         return {name: dloss * weight for name, weight in cache.config.balance.losses if name in computed}
     for name in dloss:
-        require(name in computed, f"dloss names the loss {name!r}; this pass computed {', '.join(computed) or 'none (it was an evaluation)'}")
+        require(
+            name in computed, f"dloss names the loss {name!r}; this pass computed {', '.join(computed) or 'none (it was an evaluation)'}"
+        )
     return dict(dloss)
 
 
@@ -277,6 +292,8 @@ def moe_backward(dy_TD: np.ndarray, cache: LayerCache, dloss: float | Mapping[st
 
     dy is the cotangent of output.y; dloss that of output.loss, or a mapping from loss name to the cotangent of the unweighted loss.
     """
+    expected = (len(cache.tokens.real_T), cache.config.d_model)
+    require(dy_TD.shape == expected, f"dy has shape {dy_TD.shape}; y has {expected}")
     dx_TD, dgate_TK, dparams = apply_experts_backward(dy_TD, cache.apply)
     drouter_TD, drouter = route_backward(dgate_TK, _loss_cotangents(dloss, cache), cache.route)
     dx_TD, dparams = dx_TD + drouter_TD, dparams | drouter

@@ -1,0 +1,212 @@
+"""The letters of array shapes, every equation by its id, and how the papers write what is named here.
+
+An equation's id stands in parentheses in the docstring of the function that computes it; the documentation finds the LaTeX here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+LETTERS = {
+    "B": "sequences; GShard's groups are these",
+    "S": "positions in a sequence",
+    "T": "tokens, B · S where the sequences are equally long",
+    "D": "model width",
+    "F": "width of an expert",
+    "M": "rows of an expert's first matrix: 2F where its activation is gated, else F",
+    "E": "experts",
+    "K": "experts chosen by a token",
+    "N": "rows, one for each assignment: T · K when nothing is dropped",
+    "C": "capacity: slots of an expert",
+    "G": "groups of experts",
+    "I": "experts inside one group of experts, E / G",
+    "R": "ranks",
+    "L": "experts local to a rank",
+    "P": "bounds between the experts' rows, E + 1",
+    "V": "vocabulary, or the labels of tokens",
+    "H": "attention heads",
+}
+"""An array named `gate_TK` has shape [T, K]; equal letters in one function are equal sizes."""
+
+PAPERS = {
+    "Shazeer 2017": "Shazeer et al. 2017, Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer, "
+    "arXiv:1701.06538",
+    "GShard": "Lepikhin et al. 2020, GShard: Scaling Giant Models with Conditional Computation and Automatic Sharding, arXiv:2006.16668",
+    "Switch": "Fedus, Zoph and Shazeer 2021, Switch Transformers, arXiv:2101.03961",
+    "ST-MoE": "Zoph et al. 2022, ST-MoE: Designing Stable and Transferable Sparse Expert Models, arXiv:2202.08906",
+    "MegaBlocks": "Gale et al. 2022, MegaBlocks: Efficient Sparse Training with Mixture-of-Experts, arXiv:2211.15841",
+    "DeepSeekMoE": "Dai et al. 2024, DeepSeekMoE: Towards Ultimate Expert Specialization, arXiv:2401.06066",
+    "OpenMoE": "Xue et al. 2024, OpenMoE: An Early Effort on Open Mixture-of-Experts Language Models, arXiv:2402.01739",
+    "DeepSeek-V2": "DeepSeek-AI 2024, DeepSeek-V2, arXiv:2405.04434",
+    "Loss-free": "Wang et al. 2024, Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv:2408.15664",
+    "DeepSeek-V3": "DeepSeek-AI 2024, DeepSeek-V3 Technical Report, arXiv:2412.19437",
+    "GQA": "Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models, arXiv:2305.13245",
+    "GLU variants": "Shazeer 2020, GLU Variants Improve Transformer, arXiv:2002.05202",
+    "GELU": "Hendrycks and Gimpel 2016, Gaussian Error Linear Units, arXiv:1606.08415",
+    "Shannon": "Shannon 1948, A Mathematical Theory of Communication, Bell System Technical Journal 27",
+    "Phipson & Smyth": "Phipson and Smyth 2010, Permutation P-values Should Never Be Zero, Stat. Appl. Genet. Mol. Biol. 9(1)",
+    "Theil": "Theil 1970, On the Estimation of Relationships Involving Qualitative Variables, American Journal of Sociology 76(1)",
+}
+"""Short name → reference. Which section or equation of it is meant stands in the function's docstring."""
+
+
+class Equation(NamedTuple):
+    """latex: in KaTeX's dialect; function: where it is computed, a dotted name; paper: a key of PAPERS, or "" for common knowledge."""
+
+    latex: str
+    function: str
+    paper: str = ""
+
+
+# fmt: off
+EQUATIONS = {
+    "router-logits": Equation(r"z_{te} = \sum_d x_{td}\, W_{ed} + b_e", "reference.scores.logits_forward", "Shazeer 2017"),
+    "jitter": Equation(
+        r"\tilde x_{td} = x_{td}\, u_{td}, \quad u_{td} \sim \mathcal{U}(1 - \varepsilon, 1 + \varepsilon)",
+        "reference.scores.jitter", "Switch"),
+    "softmax": Equation(r"s_{te} = \frac{\exp z_{te}}{\sum_j \exp z_{tj}}", "reference.scores.softmax_forward"),
+    "score-sigmoid": Equation(r"s_{te} = \sigma(z_{te}) = \frac{1}{1 + \exp(-z_{te})}", "reference.scores.sigmoid_forward", "DeepSeek-V3"),
+    "score-identity": Equation(r"s_{te} = z_{te}", "reference.scores.identity_forward"),
+    "score-share": Equation(
+        r"p_{te} = \frac{s_{te}}{\sum_j s_{tj} + 10^{-20}}", "reference.scores.share_forward", "DeepSeek-V3"),
+
+    "top-k": Equation(
+        r"(e_{t1}, \dots, e_{tK}) = \operatorname{argsort}_e(-v_{te})_{1 \dots K}, \quad \text{ties to the lowest } e",
+        "reference.gating.top_k"),
+    "group-max": Equation(r"q_{tg} = \max_{e \in \mathcal{G}_g} c_{te}", "reference.gating.group_max", "DeepSeek-V2"),
+    "group-top2-sum": Equation(
+        r"q_{tg} = \max_{\{i \ne j\} \subseteq \mathcal{G}_g} (c_{ti} + c_{tj})", "reference.gating.group_top2_sum", "DeepSeek-V3"),
+    "group-limit": Equation(
+        r"c'_{te} = \begin{cases} c_{te} & g(e) \in \operatorname{top}_g q_{tg} \\ -\infty & \text{otherwise} \end{cases}",
+        "reference.gating.limit_to_groups", "DeepSeek-V2"),
+    "choice": Equation(r"e_{t1}, \dots, e_{tK} = \operatorname{top}K_e\, (s_{te} + b_e)", "reference.gating.choose", "DeepSeek-V3"),
+    "gate-plain": Equation(r"g_{tk} = s_{t, e_{tk}}", "reference.gating.no_normalizer_forward", "Switch"),
+    "gate-sum": Equation(
+        r"g_{tk} = \frac{s_{t, e_{tk}}}{\sum_j s_{t, e_{tj}} + \epsilon}", "reference.gating.sum_normalizer_forward", "GShard"),
+    "gate-softmax": Equation(
+        r"g_{tk} = \frac{\exp z_{t, e_{tk}}}{\sum_j \exp z_{t, e_{tj}}}", "reference.gating.softmax_normalizer_forward", "Shazeer 2017"),
+    "gates": Equation(
+        r"g_t = \lambda \cdot \operatorname{normalize}(s_{t, e_{t1}}, \dots, s_{t, e_{tK}})",
+        "reference.gating.gates_forward"),
+    "random-second": Equation(
+        r"\text{keep the second expert of } t \iff 2\, g_{t2} > r_t, \quad r_t \sim \mathcal{U}(0, 1)",
+        "reference.gating.random_second", "GShard"),
+
+    "capacity-none": Equation(r"C = S", "reference.capacity.no_limit"),
+    "capacity-per-assignment": Equation(
+        r"C = \left\lceil f_{\text{cap}} \cdot \frac{K S}{E} \right\rceil", "reference.capacity.per_assignment", "GShard"),
+    "capacity-per-token": Equation(
+        r"C = \left\lceil f_{\text{cap}} \cdot \frac{S}{E} \right\rceil",
+        "reference.capacity.per_token", "Switch"),
+    "order-choice-major": Equation(
+        r"(t, k) \prec (t', k') \iff k < k' \ \lor\ (k = k' \land t < t')", "reference.capacity.choice_major", "GShard"),
+    "order-token-major": Equation(
+        r"(t, k) \prec (t', k') \iff t < t' \ \lor\ (t = t' \land k < k')", "reference.capacity.token_major", "MegaBlocks"),
+    "position": Equation(
+        r"\pi_{tk} = \bigl|\{(t', k') \prec (t, k) : e_{t'k'} = e_{tk},\ B(t') = B(t)\}\bigr|", "reference.capacity.position_in_expert"),
+    "keep": Equation(r"\text{keep}_{tk} \iff \pi_{tk} < C_{B(t)}", "reference.capacity.keep_within_capacity", "GShard"),
+
+    "dispatch": Equation(r"r_n = x_{t(n)}, \quad e(1) \le e(2) \le \dots \le e(N)", "reference.dispatch.dispatch_forward", "MegaBlocks"),
+    "combine": Equation(r"y_t = \sum_k g_{tk}\, o_{n(t, k)}", "reference.dispatch.combine_forward", "Shazeer 2017"),
+    "one-hot-slots": Equation(
+        r"\delta_{tkec} = \begin{cases} 1 & e_{tk} = e \text{ and } (t, k) \text{ fills slot } c \\ 0 & \text{otherwise} \end{cases}",
+        "reference.dispatch.one_hot_slots", "GShard"),
+    "one-hot-dispatch": Equation(r"r_{ecd} = \sum_{t, k} \delta_{tkec}\, x_{td}", "reference.dispatch.one_hot_dispatch", "GShard"),
+    "one-hot-combine": Equation(
+        r"y_{td} = \sum_{k, e, c} g_{tk}\, \delta_{tkec}\, o_{ecd}",
+        "reference.dispatch.one_hot_combine", "GShard"),
+
+    "act-relu": Equation(r"h = \max(u, 0)", "reference.experts.relu_forward", "Switch"),
+    "act-gelu": Equation(r"h = u \, \Phi(u)", "reference.experts.gelu_forward", "GELU"),
+    "act-swiglu": Equation(
+        r"h = a \, \sigma(a) \odot u, \quad (a, u) = W_{\text{up}}\, x",
+        "reference.experts.swiglu_forward", "GLU variants"),
+    "ffn": Equation(
+        r"\operatorname{FFN}(x) = W_{\text{down}} \operatorname{act}(W_{\text{up}}\, x + b_{\text{up}}) + b_{\text{down}}",
+        "reference.experts.ffn_forward"),
+    "experts": Equation(r"o_n = \operatorname{FFN}_e(r_n), \quad \beta_e \le n < \beta_{e+1}", "reference.experts.experts_forward"),
+    "shared": Equation(
+        r"\sum_{i=1}^{K_s} \operatorname{FFN}_i(x_t) = \operatorname{FFN}_{\text{shared}}(x_t)",
+        "reference.experts.shared_forward", "DeepSeekMoE"),
+    "moe": Equation(
+        r"y_t = \sum_{k=1}^{K} g_{tk} \operatorname{FFN}_{e_{tk}}(x_t) + \operatorname{FFN}_{\text{shared}}(x_t)",
+        "reference.layer.moe_forward"),
+
+    "load": Equation(r"\ell_e = \bigl|\{(t, k) : e_{tk} = e\}\bigr|", "reference.balancing.count_load"),
+    "importance": Equation(r"P_e = \frac{1}{T} \sum_t p_{te}", "reference.balancing.mean_probability"),
+    "loss-first-choice": Equation(
+        r"\mathcal{L} = E \sum_e f_e P_e, \quad f_e = \frac{1}{T} \bigl|\{t : e_{t1} = e\}\bigr|",
+        "reference.balancing.first_choice_balance_forward", "Switch"),
+    "loss-expert": Equation(
+        r"\mathcal{L} = \sum_e f_e P_e, \quad f_e = \frac{E}{K T}\, \ell_e", "reference.balancing.expert_balance_forward", "DeepSeekMoE"),
+    "loss-sequence": Equation(
+        r"\mathcal{L} = \frac{1}{B} \sum_b \sum_e f_{be} P_{be}, \quad "
+        r"f_{be} = \frac{E}{K T_b} \sum_{t \in b} \mathbf{1}[e \in \operatorname{top}K_j\, s_{tj}], "
+        r"\quad P_{be} = \frac{1}{T_b} \sum_{t \in b} p_{te}",
+        "reference.balancing.sequence_balance_forward", "DeepSeek-V3"),
+    "loss-router-z": Equation(
+        r"\mathcal{L} = \frac{1}{T} \sum_t \Bigl( \log \sum_e \exp z_{te} \Bigr)^2", "reference.balancing.router_z_forward", "ST-MoE"),
+    "bias-sign": Equation(
+        r"b_e \leftarrow b_e + \gamma \operatorname{sign}(\bar\ell - \ell_e)",
+        "reference.balancing.sign_bias_update", "Loss-free"),
+    "max-violation": Equation(r"\text{MaxVio} = \frac{\max_e \ell_e}{\bar\ell} - 1", "reference.balancing.max_violation", "Loss-free"),
+    "load-cv": Equation(
+        r"\text{CV} = \frac{1}{\bar\ell} \sqrt{\frac{1}{E} \sum_e (\ell_e - \bar\ell)^2}",
+        "reference.balancing.coefficient_of_variation", "Shazeer 2017"),
+    "load-entropy": Equation(
+        r"-\frac{1}{\log E} \sum_e q_e \log q_e, \quad q_e = \frac{\ell_e}{\sum_j \ell_j}", "reference.balancing.load_entropy"),
+    "drop-by-position": Equation(
+        r"\text{drop}_i = 1 - "
+        r"\frac{\sum_{t \in \text{bin}_i} \sum_k \text{keep}_{tk}}{\sum_{t \in \text{bin}_i} \sum_k \text{picked}_{tk}}",
+        "reference.balancing.drop_rate_by_position", "OpenMoE"),
+
+    "mutual-information": Equation(
+        r"I = \sum_{v, e} p(v, e) \log_2 \frac{p(v, e)}{p(v)\, p(e)}", "reference.specialization.mutual_information", "Shannon"),
+    "permutation-p-value": Equation(
+        r"p = \frac{1 + \bigl|\{i : I_i \ge I\}\bigr|}{1 + n}", "reference.specialization.measure", "Phipson & Smyth"),
+    "uncertainty-coefficient": Equation(
+        r"U = \frac{I}{H(\text{expert})}, \quad H = -\sum_e p(e) \log_2 p(e)", "reference.specialization.measure", "Theil"),
+    "expert-share": Equation(
+        r"\text{share}_{ve} = \frac{p(v, e)}{p(v)}", "reference.specialization.domain_expert_share"),
+
+    "layer-parameters": Equation(
+        r"\underbrace{E D}_{\text{router}} + \underbrace{3 E D F}_{\text{routed}} + \underbrace{3 D F_{\text{shared}}}_{\text{shared}} "
+        r"\quad (\text{active: } 3 K D F \text{ routed})", "reference.cost.layer_parameters"),
+    "ffn-parameters": Equation(r"3 D F \text{ gated}, \quad 2 D F \text{ otherwise}", "reference.cost.ffn_parameters"),
+    "gqa-parameters": Equation(r"2 D d_h (H + H_{\text{kv}})", "reference.cost.grouped_query_parameters", "GQA"),
+    "mla-parameters": Equation(
+        r"\underbrace{D r_q + r_q + r_q H (d_h + d_r)}_{\text{queries}} + \underbrace{D (r_{kv} + d_r) + r_{kv} + r_{kv} H (d_h + d_v)}"
+        r"_{\text{keys, values}} + \underbrace{H d_v D}_{\text{output}}", "reference.cost.latent_parameters", "DeepSeek-V2"),
+    "model-parameters": Equation(
+        r"\sum_{\text{layers}} (\text{attention} + \text{norms} + \text{FFN or MoE}) + \text{embedding} + \text{head}",
+        "reference.cost.model_parameters"),
+}
+# fmt: on
+
+ROSETTA = {
+    "token vector x_TD": {"Shazeer 2017": "x", "GShard": "x_s", "Switch": "x", "DeepSeekMoE": r"u_t^l", "DeepSeek-V3": r"u_t"},
+    "T": {"GShard": r"S \text{ (in a group; } N \text{ in a batch)}", "Switch": "T", "DeepSeekMoE": "T", "DeepSeek-V3": "T"},
+    "E": {"Shazeer 2017": "n", "GShard": "E", "Switch": "N", "DeepSeekMoE": r"mN - K_s", "DeepSeek-V3": "N_r"},
+    "K": {"Shazeer 2017": "k", "GShard": "2", "Switch": "1", "DeepSeekMoE": r"mK - K_s", "DeepSeek-V3": "K_r"},
+    "D": {"GShard": "M", "Switch": r"d_{\text{model}}", "DeepSeek-V3": "d"},
+    "F": {"GShard": "H", "Switch": r"d_{\text{ff}}"},
+    "router.weight": {"Shazeer 2017": "W_g", "GShard": "wg", "Switch": "W_r", "DeepSeekMoE": r"e_i^l", "DeepSeek-V3": "e_i"},
+    "logit": {"Shazeer 2017": "H(x)_i", "GShard": r"wg \cdot x_s", "Switch": "h(x)_i", "DeepSeekMoE": r"{u_t^l}^{\mathsf T} e_i^l",
+              "DeepSeek-V3": r"u_t^{\mathsf T} e_i"},
+    "score": {"GShard": "g_{s,E}", "Switch": "p_i(x)", "DeepSeekMoE": "s_{i,t}", "DeepSeek-V3": "s_{i,t}"},
+    "gate": {"Shazeer 2017": "G(x)_i", "GShard": r"\mathcal{G}_{s,e}", "Switch": "p_i(x)", "DeepSeekMoE": "g_{i,t}",
+             "DeepSeek-V3": "g_{i,t}"},
+    "correction bias": {"DeepSeek-V3": "b_i"},
+    "bias_rate": {"DeepSeek-V3": r"\gamma"},
+    "expert": {"Shazeer 2017": "E_i(x)", "GShard": r"\text{FFN}_e(x_s)", "Switch": "E_i(x)", "DeepSeekMoE": r"\text{FFN}_i(u_t^l)",
+               "DeepSeek-V3": r"\text{FFN}^{(r)}_i(u_t)"},
+    "shared experts": {"DeepSeekMoE": "K_s", "DeepSeek-V3": "N_s"},
+    "capacity": {"GShard": "C", "Switch": r"\text{expert capacity}"},
+    "top_groups": {"DeepSeek-V3": r"M \text{ (nodes)}"},
+    "load share": {"GShard": "c_e / S", "Switch": "f_i", "DeepSeekMoE": r"f_i / N'", "DeepSeek-V3": "f_i / N_r"},
+    "importance": {"Shazeer 2017": r"\text{Importance}(X)_i \text{ (a sum of gates)}", "GShard": "m_e", "Switch": "P_i",
+                   "DeepSeekMoE": "P_i", "DeepSeek-V3": "P_i"},
+    "weight of the balance loss": {"Shazeer 2017": r"w_{\text{importance}},\ w_{\text{load}}", "GShard": "k", "Switch": r"\alpha",
+                                   "DeepSeekMoE": r"\alpha_1", "DeepSeek-V3": r"\alpha"},
+}  # fmt: skip
+"""Our name → paper (a key of PAPERS) → its symbol, in LaTeX; a paper without an entry has no symbol for it."""

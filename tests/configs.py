@@ -1,0 +1,97 @@
+"""Tiny layers that together use every row of every table of the reference; `random_params` and `random_tokens` fill them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from reference import BalanceConfig, CapacityConfig, ExpertsConfig, GatingConfig, MoEConfig, ScoresConfig, init_params
+from reference.layer import Params
+
+CONFIGS: dict[str, MoEConfig] = {
+    "switch": MoEConfig(
+        6,
+        ScoresConfig(noise="jitter", noise_scale=0.01),
+        GatingConfig(top_k=1),
+        CapacityConfig("per_token", factor=1.25, eval_factor=2.0),
+        ExpertsConfig(4, 5, "relu"),
+        BalanceConfig((("first_choice_balance", 0.01),)),
+    ),
+    "gshard": MoEConfig(
+        6,
+        gating=GatingConfig(top_k=2, normalize="sum", second_choice="random"),
+        capacity=CapacityConfig("per_assignment", factor=0.8, minimum=1),
+        experts=ExpertsConfig(4, 5, "relu"),
+        balance=BalanceConfig((("first_choice_balance", 0.01), ("router_z", 0.001))),
+    ),
+    "mixtral": MoEConfig(
+        6,
+        ScoresConfig("identity"),
+        GatingConfig(top_k=2, normalize="softmax"),
+        experts=ExpertsConfig(8, 4),
+        balance=BalanceConfig((("expert_balance", 0.02),)),
+    ),
+    "token-major": MoEConfig(
+        6,
+        gating=GatingConfig(top_k=3),
+        capacity=CapacityConfig("per_assignment", factor=1.0, order="token_major"),
+        experts=ExpertsConfig(8, 4),
+        balance=BalanceConfig((("expert_balance", 0.01), ("router_z", 0.001))),
+    ),
+    "shared": MoEConfig(
+        6,
+        gating=GatingConfig(top_k=3),
+        experts=ExpertsConfig(7, 3, shared=2),
+        balance=BalanceConfig((("expert_balance", 0.001), ("sequence_balance", 0.01))),
+    ),
+    "deepseek-v2": MoEConfig(
+        6,
+        gating=GatingConfig(top_k=3, groups=4, top_groups=2, group_score="max", scale=16.0),
+        experts=ExpertsConfig(8, 4, shared=1),
+        balance=BalanceConfig((("sequence_balance", 0.003),)),
+    ),
+    "deepseek-v3": MoEConfig(
+        6,
+        ScoresConfig("sigmoid"),
+        GatingConfig(top_k=2, correction_bias=True, groups=4, top_groups=2, group_score="top2_sum", normalize="sum", eps=1e-20, scale=2.5),
+        experts=ExpertsConfig(8, 4, shared=1),
+        balance=BalanceConfig((("sequence_balance", 0.0001),), bias_rule="sign", bias_rate=0.001),
+    ),
+    "biases": MoEConfig(
+        5,
+        ScoresConfig(bias=True),
+        GatingConfig(top_k=2, correction_bias=True),
+        CapacityConfig("per_token", factor=2.5),
+        ExpertsConfig(5, 3, "gelu", bias=True, shared=1, shared_width=4),
+        BalanceConfig((("first_choice_balance", 1.0), ("expert_balance", 1.0), ("sequence_balance", 1.0), ("router_z", 1.0))),
+    ),
+    "swiglu-biases": MoEConfig(
+        6,
+        ScoresConfig("identity", bias=True),
+        GatingConfig(top_k=2, normalize="softmax"),
+        experts=ExpertsConfig(4, 3, bias=True, shared=1),
+        balance=BalanceConfig((("sequence_balance", 0.1), ("router_z", 0.1))),
+    ),
+    "all-chosen": MoEConfig(6, gating=GatingConfig(top_k=3, normalize="sum"), experts=ExpertsConfig(3, 4)),
+    "one-expert": MoEConfig(4, gating=GatingConfig(top_k=1), experts=ExpertsConfig(1, 3, "gelu")),
+}
+"""Name → config. Every width and count is small, and no two letters of a shape agree everywhere."""
+
+
+def random_params(config: MoEConfig, rng: np.random.Generator, dtype: Any = np.float64) -> Params:
+    """`init_params` with biases that are not 0, so that a forgotten bias is seen."""
+    params = init_params(config, rng, dtype)
+    return {
+        name: (0.3 * rng.standard_normal(array.shape)).astype(array.dtype) if name.endswith("bias") else array
+        for name, array in params.items()
+    }
+
+
+def random_tokens(config: MoEConfig, rng: np.random.Generator, tokens: int, *, groups: int = 1, pads: int = 0) -> dict[str, Any]:
+    """Keyword arguments of `moe_forward`: x_TD, group_ids in mixed order, and a pad_mask with `pads` pads at random places."""
+    return {
+        "x_TD": rng.standard_normal((tokens, config.d_model)),
+        "group_ids": rng.permutation(np.arange(tokens) % groups),
+        "pad_mask": rng.permutation(np.arange(tokens) < pads),
+    }
