@@ -7,16 +7,15 @@ balancing; `layer` composes them. `architectures/` writes each paper out as a st
 
 from . import presets
 from .config import (
-    AttentionConfig,
     BalanceConfig,
     CapacityConfig,
     ExpertsConfig,
     GatingConfig,
-    ModelConfig,
     MoEConfig,
     ScoresConfig,
 )
 from .layer import MoEOutput, Routing, apply_experts, init_params, moe_backward, moe_forward, parameter_shapes, route, update_bias
+from .model_config import AttentionConfig, ModelConfig
 
 __all__ = [
     "AttentionConfig", "BalanceConfig", "CapacityConfig", "ExpertsConfig", "GatingConfig", "MoEConfig", "MoEOutput", "ModelConfig",

@@ -19,11 +19,13 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _is_count(value: Any, least: int) -> bool:
+def is_count(value: Any, least: int) -> bool:
+    """Whether the value is an integer (not a bool) of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _is_amount(value: Any) -> bool:
+def is_amount(value: Any) -> bool:
+    """Whether the value is a finite number ≥ 0 (not a bool)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
@@ -43,7 +45,7 @@ class ScoresConfig:
     noise_scale: float = 0.0
 
     def __post_init__(self) -> None:
-        require(_is_amount(self.noise_scale), f"scores.noise_scale is {self.noise_scale!r}; it must be a finite number ≥ 0")
+        require(is_amount(self.noise_scale), f"scores.noise_scale is {self.noise_scale!r}; it must be a finite number ≥ 0")
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,14 @@ class GatingConfig:
     second_choice: str = "always"
 
     def __post_init__(self) -> None:
-        require(_is_count(self.top_k, 1), f"gating.top_k is {self.top_k!r}; a token needs at least 1 expert")
-        require(_is_count(self.groups, 1), f"gating.groups is {self.groups!r}; it must be an integer ≥ 1")
+        require(is_count(self.top_k, 1), f"gating.top_k is {self.top_k!r}; a token needs at least 1 expert")
+        require(is_count(self.groups, 1), f"gating.groups is {self.groups!r}; it must be an integer ≥ 1")
         require(
-            _is_count(self.top_groups, 1) and self.top_groups <= self.groups,
+            is_count(self.top_groups, 1) and self.top_groups <= self.groups,
             f"gating.top_groups is {self.top_groups!r}; it must lie between 1 and gating.groups = {self.groups}",
         )
-        require(_is_amount(self.eps), f"gating.eps is {self.eps!r}; it must be a finite number ≥ 0")
-        require(_is_amount(self.scale) and self.scale > 0, f"gating.scale is {self.scale!r}; it must be a finite number > 0")
+        require(is_amount(self.eps), f"gating.eps is {self.eps!r}; it must be a finite number ≥ 0")
+        require(is_amount(self.scale) and self.scale > 0, f"gating.scale is {self.scale!r}; it must be a finite number > 0")
         require(
             self.second_choice == "always" or self.top_k == 2,
             f"gating.second_choice is {self.second_choice!r} but gating.top_k is {self.top_k}; the rule is defined for top_k = 2",
@@ -107,9 +109,9 @@ class CapacityConfig:
     def __post_init__(self) -> None:
         for name in ("factor", "eval_factor"):
             value = getattr(self, name)
-            require(value is None or _is_amount(value), f"capacity.{name} is {value!r}; a capacity cannot be negative or infinite")
+            require(value is None or is_amount(value), f"capacity.{name} is {value!r}; a capacity cannot be negative or infinite")
         require(self.factor is not None, "capacity.factor is None; only capacity.eval_factor may be left open")
-        require(_is_count(self.minimum, 0), f"capacity.minimum is {self.minimum!r}; it must be an integer ≥ 0")
+        require(is_count(self.minimum, 0), f"capacity.minimum is {self.minimum!r}; it must be an integer ≥ 0")
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,11 @@ class ExpertsConfig:
     shared_width: int | None = None
 
     def __post_init__(self) -> None:
-        require(_is_count(self.count, 1), f"experts.count is {self.count!r}; a layer needs at least 1 expert")
-        require(_is_count(self.width, 1), f"experts.width is {self.width!r}; it must be an integer ≥ 1")
-        require(_is_count(self.shared, 0), f"experts.shared is {self.shared!r}; it must be an integer ≥ 0")
+        require(is_count(self.count, 1), f"experts.count is {self.count!r}; a layer needs at least 1 expert")
+        require(is_count(self.width, 1), f"experts.width is {self.width!r}; it must be an integer ≥ 1")
+        require(is_count(self.shared, 0), f"experts.shared is {self.shared!r}; it must be an integer ≥ 0")
         require(
-            self.shared_width is None or (self.shared > 0 and _is_count(self.shared_width, 1)),
+            self.shared_width is None or (self.shared > 0 and is_count(self.shared_width, 1)),
             f"experts.shared_width is {self.shared_width!r} with experts.shared = {self.shared}; it needs shared ≥ 1 and a width ≥ 1",
         )
 
@@ -165,8 +167,8 @@ class BalanceConfig:
         names = [name for name, _ in self.losses]
         require(len(set(names)) == len(names), f"balance.losses names a loss twice: {names}")
         for name, weight in self.losses:
-            require(_is_amount(weight), f"balance.losses gives {name!r} the weight {weight!r}; it must be a finite number ≥ 0")
-        require(_is_amount(self.bias_rate), f"balance.bias_rate is {self.bias_rate!r}; it must be a finite number ≥ 0")
+            require(is_amount(weight), f"balance.losses gives {name!r} the weight {weight!r}; it must be a finite number ≥ 0")
+        require(is_amount(self.bias_rate), f"balance.bias_rate is {self.bias_rate!r}; it must be a finite number ≥ 0")
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         gating, experts = self.gating, self.experts
-        require(_is_count(self.d_model, 1), f"d_model is {self.d_model!r}; it must be an integer ≥ 1")
+        require(is_count(self.d_model, 1), f"d_model is {self.d_model!r}; it must be an integer ≥ 1")
         require(gating.top_k <= experts.count, f"gating.top_k is {gating.top_k} but experts.count is {experts.count}")
         require(
             experts.count % gating.groups == 0,
@@ -243,97 +245,3 @@ def known_fields(cls: type, data: Any) -> dict[str, Any]:
     for key in data:
         require(key in names, f"{cls.__name__} has no field {key!r}; known: {', '.join(names)}")
     return data
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Attention of a whole model; the layer itself never reads it.
-
-    kind                    "gqa" (multi-head when kv_heads = heads) | "mla" (multi-head latent attention of DeepSeek-V2)
-    heads, kv_heads         query heads, key/value heads
-    head_dim                width of one head (mla: of its part without position; its value heads have v_head_dim)
-    q_rank, kv_rank, rope_dim, v_head_dim   mla: latent widths (q_rank 0: queries are not compressed) and the rotary part
-    bias, qk_norm           biases on q, k, v; an RMSNorm on queries and keys, one for each head's width
-    qk_norm_joint           that norm spans all heads together instead (OLMoE)
-    relative_buckets        a learned bias per head and bucket of distance, shared by all layers of a stack (T5); 0: none
-    """
-
-    kind: str = "gqa"
-    heads: int = 4
-    kv_heads: int = 4
-    head_dim: int = 16
-    q_rank: int = 0
-    kv_rank: int = 0
-    rope_dim: int = 0
-    v_head_dim: int = 0
-    bias: bool = False
-    qk_norm: bool = False
-    qk_norm_joint: bool = False
-    relative_buckets: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.kind in ("gqa", "mla"), f"attention.kind is {self.kind!r}; known: gqa, mla")
-        require(
-            _is_count(self.heads, 1) and _is_count(self.kv_heads, 1) and self.heads % self.kv_heads == 0,
-            f"attention.kv_heads is {self.kv_heads!r}, which does not divide attention.heads = {self.heads!r}",
-        )
-        require(_is_count(self.head_dim, 1), f"attention.head_dim is {self.head_dim!r}; it must be an integer ≥ 1")
-        require(self.qk_norm or not self.qk_norm_joint, "attention.qk_norm_joint is True but attention.qk_norm is False: no norm to join")
-        for name in ("q_rank", "kv_rank", "rope_dim", "v_head_dim", "relative_buckets"):
-            require(_is_count(getattr(self, name), 0), f"attention.{name} is {getattr(self, name)!r}; it must be an integer ≥ 0")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """A Transformer around the layer `moe`: what is counted by `cost.py` and trained by `reference.autograd`.
-
-    layers          decoder layers;  encoder_layers: encoder layers before them (GShard, Switch), whose decoder then cross-attends
-    first_dense     the first so many layers have a dense FFN;  moe_every: of the layers after them every n-th is MoE, the last of each n
-                    (0: none); both rules hold for encoder and decoder alike
-    dense_width     F of a dense FFN;  dense_activation: its activation
-    vocabulary, tied_embeddings, max_positions (learned positions; 0: none), source: where the sizes are published
-    """
-
-    name: str
-    moe: MoEConfig
-    layers: int
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    vocabulary: int = 256
-    dense_width: int = 64
-    dense_activation: str = "swiglu"
-    first_dense: int = 0
-    moe_every: int = 1
-    encoder_layers: int = 0
-    tied_embeddings: bool = False
-    max_positions: int = 0
-    source: str = ""
-
-    def __post_init__(self) -> None:
-        require(_is_count(self.layers, 1), f"layers is {self.layers!r}; a model needs at least 1 layer")
-        require(_is_count(self.vocabulary, 1), f"vocabulary is {self.vocabulary!r}; it must be an integer ≥ 1")
-        require(_is_count(self.dense_width, 1), f"dense_width is {self.dense_width!r}; it must be an integer ≥ 1")
-        require(_is_count(self.encoder_layers, 0), f"encoder_layers is {self.encoder_layers!r}; it must be an integer ≥ 0")
-        require(_is_count(self.max_positions, 0), f"max_positions is {self.max_positions!r}; it must be an integer ≥ 0")
-        require(_is_count(self.first_dense, 0), f"first_dense is {self.first_dense!r}; it must be an integer ≥ 0")
-        require(_is_count(self.moe_every, 0), f"moe_every is {self.moe_every!r}; it must be an integer ≥ 0 (0: no MoE layer)")
-
-    @property
-    def d_model(self) -> int:
-        """D, the model width: the layer's."""
-        return self.moe.d_model
-
-    def is_moe(self, layer: int) -> bool:
-        """Whether layer number `layer` (from 0) has an MoE FFN."""
-        return self.moe_every > 0 and layer >= self.first_dense and (layer - self.first_dense + 1) % self.moe_every == 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, ready for JSON; `from_dict` is its inverse."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
-        """The config that `to_dict` wrote. Raises ValueError naming an unknown field."""
-        fields = dict(known_fields(cls, data))
-        fields["moe"] = MoEConfig.from_dict(fields["moe"])
-        fields["attention"] = AttentionConfig(**known_fields(AttentionConfig, fields.get("attention", {})))
-        return cls(**fields)

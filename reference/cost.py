@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from .config import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig, require
+from .config import ExpertsConfig, MoEConfig, require
 from .layer import BUFFERS, parameter_shapes
+from .model_config import AttentionConfig, ModelConfig
 
 LAYER_COMPONENTS = {"router": "router", "experts": "routed_experts", "shared": "shared_experts"}  # by first word of a parameter's name
 COMPONENTS = ("embedding", "attention", "cross_attention", "norms", "dense_ffn", *LAYER_COMPONENTS.values(), "head")

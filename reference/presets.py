@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .config import AttentionConfig, BalanceConfig, CapacityConfig, ExpertsConfig, GatingConfig, ModelConfig, MoEConfig, ScoresConfig
+from .config import BalanceConfig, CapacityConfig, ExpertsConfig, GatingConfig, MoEConfig, ScoresConfig
+from .model_config import AttentionConfig, ModelConfig
 
 _TINY_D_MODEL, _TINY_WIDTH, _TINY_HEADS = 16, 8, 4
 
