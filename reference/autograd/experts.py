@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ExpertsConfig
-from ..experts import ffn_keys
+from ..experts import CLAMP, STEEPNESS, ffn_keys
 
 Params = Mapping[str, Tensor]
 
@@ -30,7 +30,32 @@ def swiglu_forward(pre_NM: Tensor) -> Tensor:
     return nn.functional.silu(gate_proj_NF) * up_NF
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu_forward, "gelu": gelu_forward, "swiglu": swiglu_forward}
+def relu2_forward(pre_NM: Tensor) -> Tensor:
+    """h = max(u, 0)² (act-relu2): [N, F] → [N, F]."""
+    return nn.functional.relu(pre_NM).square()
+
+
+def geglu_forward(pre_NM: Tensor) -> Tensor:
+    """h = a Φ(a) ⊙ u (act-geglu): [N, 2F] → [N, F]."""
+    gate_proj_NF, up_NF = pre_NM.chunk(2, dim=1)
+    return nn.functional.gelu(gate_proj_NF) * up_NF
+
+
+def clamped_swiglu_forward(pre_NM: Tensor) -> Tensor:
+    """h = a σ(1.702 a) ⊙ (u + 1), a clamped above at 7 and u on both sides (act-clamped-swiglu): [N, 2F] → [N, F]."""
+    gate_proj_NF, up_NF = pre_NM.chunk(2, dim=1)
+    a_NF = gate_proj_NF.clamp(max=CLAMP)
+    return a_NF * torch.sigmoid(STEEPNESS * a_NF) * (up_NF.clamp(-CLAMP, CLAMP) + 1)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": relu_forward,
+    "gelu": gelu_forward,
+    "swiglu": swiglu_forward,
+    "relu2": relu2_forward,
+    "geglu": geglu_forward,
+    "clamped_swiglu": clamped_swiglu_forward,
+}
 
 
 class FFN(NamedTuple):
