@@ -17,6 +17,10 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Read when Triton is imported, which torch has not done yet; what compiles kernels runs in a process of its own without it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
