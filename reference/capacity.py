@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
 from .config import CapacityConfig
-from .tokens import TokenInfo
+from .tokens import Draws, TokenInfo
 
 
 def no_limit(factor: float, top_k: int, tokens: int, experts: int) -> int:
@@ -56,7 +57,7 @@ def group_capacity(config: CapacityConfig, top_k: int, experts: int, tokens: Tok
     return np.array([max(config.minimum, formula(factor, top_k, int(s), experts)) for s in tokens.real_per_group()], np.int64)
 
 
-def choice_major(gate_TK: np.ndarray) -> np.ndarray:
+def choice_major(gate_TK: np.ndarray, draws: Draws) -> np.ndarray:
     """All first choices in order of position, then all second ones, … (order-choice-major): assignment ids t·K + k, [T·K].
 
     Source: GShard, algorithm 1; mesh-tensorflow, flaxformer, Tutel.
@@ -65,12 +66,62 @@ def choice_major(gate_TK: np.ndarray) -> np.ndarray:
     return np.arange(tokens * slots).reshape(tokens, slots).T.ravel()
 
 
-def token_major(gate_TK: np.ndarray) -> np.ndarray:
+def token_major(gate_TK: np.ndarray, draws: Draws) -> np.ndarray:
     """Tokens in order of position, each with all its choices (order-token-major): [T·K]. Source: MegaBlocks."""
     return np.arange(gate_TK.size)
 
 
-ORDERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"choice_major": choice_major, "token_major": token_major}
+def by_probability(gate_TK: np.ndarray, draws: Draws) -> np.ndarray:
+    """The highest gate first, whatever its slot or position (order-probability): [T·K]; ties by position.
+
+    Not causal: whether a token is dropped depends on later ones.
+    Source: Megatron-LM's drop policy `probs`; DeepSpeed's topkgating.
+    """
+    return np.argsort(-gate_TK.ravel(), kind="stable")
+
+
+def batch_prioritized(gate_TK: np.ndarray, draws: Draws) -> np.ndarray:
+    """All first choices, then all second ones, …, each round in order of the tokens' highest gate (order-batch-prioritized): [T·K].
+
+    Not causal, like `by_probability`.
+    Source: Riquelme et al. 2021 (V-MoE), §4.1, batch prioritized routing.
+    """
+    slots = gate_TK.shape[1]
+    best_first = np.argsort(-gate_TK.max(1, initial=-np.inf), kind="stable")
+    return (best_first * slots + np.arange(slots)[:, None]).ravel()
+
+
+def in_random_order(gate_TK: np.ndarray, draws: Draws) -> np.ndarray:
+    """All first choices, then all second ones, …, the tokens of each round in one random order, in training (order-random): [T·K].
+
+    Source: DeepSpeed-MoE (Rajbhandari et al. 2022), random token selection, there for K = 1.
+    Deviates: DeepSpeed draws in evaluation too, so that its output is not a function of its input.
+    """
+    slots = gate_TK.shape[1]
+    shuffled = np.argsort(draws.uniform("order", (len(gate_TK),)), kind="stable")
+    return (shuffled * slots + np.arange(slots)[:, None]).ravel()
+
+
+class Order(NamedTuple):
+    """queue: (gate [T, K], draws) → assignment ids, who comes first; in_evaluation: the order there, where nothing may be drawn."""
+
+    queue: Callable[[np.ndarray, Draws], np.ndarray]
+    in_evaluation: str | None = None
+
+
+ORDERS: dict[str, Order] = {
+    "choice_major": Order(choice_major),
+    "token_major": Order(token_major),
+    "probability": Order(by_probability),
+    "batch_prioritized": Order(batch_prioritized),
+    "random": Order(in_random_order, in_evaluation="choice_major"),
+}
+
+
+def queue_order(gate_TK: np.ndarray, order: str, draws: Draws, *, training: bool) -> np.ndarray:
+    """Assignment ids in the order in which they ask for a slot, [T·K]; gates are those before any drop."""
+    row = ORDERS[order]
+    return (row if training or row.in_evaluation is None else ORDERS[row.in_evaluation]).queue(gate_TK, draws)
 
 
 def position_in_expert(expert_TK: np.ndarray, wanted_TK: np.ndarray, group_T: np.ndarray, order_N: np.ndarray) -> np.ndarray:
@@ -92,15 +143,52 @@ def position_in_expert(expert_TK: np.ndarray, wanted_TK: np.ndarray, group_T: np
 
 
 def keep_within_capacity(
-    expert_TK: np.ndarray, gate_TK: np.ndarray, wanted_TK: np.ndarray, capacity: np.ndarray, order: str, tokens: TokenInfo
+    expert_TK: np.ndarray, wanted_TK: np.ndarray, capacity: np.ndarray, order_N: np.ndarray, tokens: TokenInfo
 ) -> np.ndarray:
     """The assignments that find a free slot (keep): wanted and position < C of the token's group.
 
-    Shapes: expert, gate, wanted [T, K]; capacity [B] slots per expert and group → keep [T, K] bool.
+    Shapes: expert, wanted [T, K]; capacity [B] slots per expert and group; order [T·K] from `queue_order` → keep [T, K] bool.
     Gradient: none. A dropped assignment has weight 0; the token lives on in the residual stream.
     Source: GShard, algorithm 1; Switch Transformer, §2.2.
     """
-    order_N = ORDERS[order](gate_TK)
     position_TK = position_in_expert(expert_TK, wanted_TK, tokens.group_T, order_N)
     limit = capacity[tokens.group_T][:, None] if len(capacity) else np.zeros((0, 1), np.int64)
     return wanted_TK & (position_TK < limit)
+
+
+class Placed(NamedTuple):
+    """expert_TK and keep_TK after dropped tokens were placed anew, or not."""
+
+    expert_TK: np.ndarray
+    keep_TK: np.ndarray
+
+
+def drop_for_good(placed: Placed, wanted_TK: np.ndarray, capacity: np.ndarray, experts: int, tokens: TokenInfo, draws: Draws) -> Placed:
+    """What found no slot stays dropped."""
+    return placed
+
+
+def recycle_at_random(placed: Placed, wanted_TK: np.ndarray, capacity: np.ndarray, experts: int, tokens: TokenInfo, draws: Draws) -> Placed:
+    """Dropped tokens take free slots of other experts at random, in training (recycle): K = 1.
+
+    In order of position, each takes slot ⌊r_t · n⌋ of the n that are still free in its group, listed by expert; r_t ~ U(0, 1).
+    Shapes: expert, keep, wanted [T, 1] → the same; the gate is then the new expert's. Load and losses see the router's own choice.
+    Source: Hunyuan-Large (Sun et al. 2024), recycle routing.
+    Deviates: its released code hands out a shuffled list of the free slots, the same distribution, over the batch and in evaluation too.
+    """
+    expert_TK, keep_TK = placed.expert_TK.copy(), placed.keep_TK.copy()
+    uniform_T = draws.uniform("recycle", (len(expert_TK),))
+    for group, slots in enumerate(capacity):
+        own = tokens.group_T == group
+        room_E = slots - np.bincount(expert_TK[own & keep_TK[:, 0], 0], minlength=experts)
+        free = np.repeat(np.arange(experts), np.maximum(room_E, 0)).tolist()
+        for token in np.flatnonzero(own & wanted_TK[:, 0] & ~keep_TK[:, 0])[: len(free)]:
+            expert_TK[token, 0] = free.pop(int(float(uniform_T[token]) * len(free)))
+            keep_TK[token, 0] = True
+    return Placed(expert_TK, keep_TK)
+
+
+RECYCLES: dict[str, Callable[[Placed, np.ndarray, np.ndarray, int, TokenInfo, Draws], Placed]] = {
+    "none": drop_for_good,
+    "random": recycle_at_random,
+}

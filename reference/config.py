@@ -33,38 +33,54 @@ def is_amount(value: Any) -> bool:
 class ScoresConfig:
     """x_TD → logits_TE → scores_TE.
 
-    function     "softmax" over the experts | "sigmoid" | "identity" (the logits; the gates are then a softmax over the chosen)
+    function     "softmax" over the experts | "sigmoid" | "sqrt_softplus" | "relu" | "identity" (the logits; the gates are then a
+                 softmax over the chosen)
     bias         whether the router adds a bias to its logits
     noise        "none" | "jitter": in training the router's copy of the input is multiplied by U(1 − noise_scale, 1 + noise_scale)
     noise_scale  its size, ≥ 0
+    input_norm   "none" | "rms": the router's copy of the input has an RMS of 1
+    softcap      c > 0 bends the logits into (−c, c); 0: not
+    logit_noise  "none" | "learned": in training, normal noise on the logits whose size each token learns (Shazeer 2017)
     """
 
     function: str = "softmax"
     bias: bool = False
     noise: str = "none"
     noise_scale: float = 0.0
+    input_norm: str = "none"
+    softcap: float = 0.0
+    logit_noise: str = "none"
 
     def __post_init__(self) -> None:
-        require(is_amount(self.noise_scale), f"scores.noise_scale is {self.noise_scale!r}; it must be a finite number ≥ 0")
+        for name in ("noise_scale", "softcap"):
+            value = getattr(self, name)
+            require(is_amount(value), f"scores.{name} is {value!r}; it must be a finite number ≥ 0")
 
 
 @dataclass(frozen=True)
 class GatingConfig:
     """scores_TE → expert_TK, gate_TK.
 
-    choice           "top_k": the K highest scores, ties to the lowest expert id
-    top_k            K, experts per token
+    choice           "top_k": the K highest scores, ties to the lowest expert id | "gumbel": K drawn at random | "hash": by token id |
+                     "balanced" (BASE) | "sinkhorn" | "expert_choice": each expert its best tokens | "positive": all scores > 0
+    top_k            K, experts per token; their mean number for the last two, whose routings have E slots per token
+    vocabulary       V, rows of the hash table; 0 for the other choices
+    iterations       of Sinkhorn's algorithm
     correction_bias  add a per-expert bias to the scores for the choice alone; it never enters a gate
     groups           the experts lie in this many groups of equal size, in order of their id
     top_groups       only experts of a token's best `top_groups` groups can be chosen (−∞ outside)
     group_score      "max" | "top2_sum": what makes a group good
     normalize        "none" | "sum" (gates divided by their sum + eps) | "softmax" (over the chosen scores)
     eps, scale       added to the sum; multiplied onto the gates at the end
-    second_choice    "always" | "random": GShard keeps a token's second expert with probability min(1, 2·gate)
+    after_drop       gates are normalized over the experts that kept the token, instead of over those that it chose
+    expert_scale     a learned factor for each expert, multiplied onto its gates
+    second_choice    "always" | "random": a token's second expert is kept with probability min(1, gate / second_threshold)
     """
 
     top_k: int = 1
     choice: str = "top_k"
+    vocabulary: int = 0
+    iterations: int = 8
     correction_bias: bool = False
     groups: int = 1
     top_groups: int = 1
@@ -72,7 +88,10 @@ class GatingConfig:
     normalize: str = "none"
     eps: float = 0.0
     scale: float = 1.0
+    after_drop: bool = False
+    expert_scale: bool = False
     second_choice: str = "always"
+    second_threshold: float = 0.5
 
     def __post_init__(self) -> None:
         require(is_count(self.top_k, 1), f"gating.top_k is {self.top_k!r}; a token needs at least 1 expert")
@@ -87,6 +106,17 @@ class GatingConfig:
             self.second_choice == "always" or self.top_k == 2,
             f"gating.second_choice is {self.second_choice!r} but gating.top_k is {self.top_k}; the rule is defined for top_k = 2",
         )
+        threshold = self.second_threshold
+        require(is_amount(threshold) and threshold > 0, f"gating.second_threshold is {threshold!r}; it must be a finite number > 0")
+        require(is_count(self.iterations, 1), f"gating.iterations is {self.iterations!r}; it must be an integer ≥ 1")
+        require(
+            is_count(self.vocabulary, 0) and (self.vocabulary > 0) == (self.choice == "hash"),
+            f"gating.vocabulary is {self.vocabulary!r} with gating.choice = {self.choice!r}; only a hash table has rows",
+        )
+        require(
+            self.choice != "balanced" or self.top_k == 1,
+            f"gating.choice is 'balanced' but gating.top_k is {self.top_k}; the assignment gives each token 1 expert",
+        )
 
 
 @dataclass(frozen=True)
@@ -97,7 +127,9 @@ class CapacityConfig:
     factor       the capacity factor in training
     eval_factor  in evaluation; None: the same
     minimum      no capacity is smaller than this
-    order        who comes first: "choice_major" (all first choices, then all second ones) | "token_major" (by position)
+    order        who comes first: "choice_major" (all first choices, then all second ones) | "token_major" (by position) |
+                 "probability" (the highest gate) | "batch_prioritized" (in each round the token with the highest gate) | "random"
+    recycle      "none" | "random": in training a dropped token takes a free slot of another expert (Hunyuan; K = 1)
     """
 
     formula: str = "none"
@@ -105,6 +137,7 @@ class CapacityConfig:
     eval_factor: float | None = None
     minimum: int = 0
     order: str = "choice_major"
+    recycle: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("factor", "eval_factor"):
@@ -120,18 +153,22 @@ class ExpertsConfig:
 
     count         E, routed experts
     width         F, the width of one routed expert
-    activation    "relu" | "gelu" | "swiglu"
+    activation    "relu" | "gelu" | "relu2" (squared ReLU) | "swiglu" | "geglu" | "clamped_swiglu" (gpt-oss)
     bias          whether both matrices of an expert have a bias
+    gate_inputs   gates multiply an expert's input (Llama 4) instead of its output
     shared        how many experts every token passes through, beside the routed ones
     shared_width  the width of all of them together (they are one FFN: a sum of FFNs is a wider FFN); None: shared · width
+    shared_gate   "none" | "sigmoid" (Qwen2-MoE: each token weighs them) | "softmax" (PR-MoE: it weighs them against the routed ones)
     """
 
     count: int = 8
     width: int = 16
     activation: str = "swiglu"
     bias: bool = False
+    gate_inputs: bool = False
     shared: int = 0
     shared_width: int | None = None
+    shared_gate: str = "none"
 
     def __post_init__(self) -> None:
         require(is_count(self.count, 1), f"experts.count is {self.count!r}; a layer needs at least 1 expert")
@@ -140,6 +177,10 @@ class ExpertsConfig:
         require(
             self.shared_width is None or (self.shared > 0 and is_count(self.shared_width, 1)),
             f"experts.shared_width is {self.shared_width!r} with experts.shared = {self.shared}; it needs shared ≥ 1 and a width ≥ 1",
+        )
+        require(
+            self.shared_gate == "none" or self.shared > 0,
+            f"experts.shared_gate is {self.shared_gate!r} but experts.shared is {self.shared}: there is nothing to weigh",
         )
 
     @property
@@ -153,14 +194,20 @@ class BalanceConfig:
     """What keeps the load even.
 
     losses     pairs (name, weight): "first_choice_balance" (GShard, Switch) | "expert_balance" (DeepSeekMoE) |
-               "sequence_balance" (DeepSeek-V3) | "router_z" (ST-MoE)
-    bias_rule  "none" | "sign": after every optimizer step the correction bias moves by ±bias_rate against the load (DeepSeek-V3)
+               "sequence_balance" (DeepSeek-V3) | "device_balance", "communication_balance" (DeepSeek-V2, groups for devices) |
+               "router_z" (ST-MoE) | "importance", "smooth_load" (Shazeer 2017) |
+               "gate_l1" (ReMoE), whose weight is multiplied by the router's penalty
+    bias_rule  "none" | "sign": after every optimizer step the correction bias moves by ±bias_rate against the load (DeepSeek-V3) |
+               "centered_sign": less the mean step (torchtitan) | "proportional": by how far the load is from even (LongCat-Flash)
     bias_rate  γ
+    penalty_start, penalty_rate   where gate_l1's penalty starts, and what it is multiplied or divided by after every optimizer step
     """
 
     losses: tuple[tuple[str, float], ...] = ()
     bias_rule: str = "none"
     bias_rate: float = 0.0
+    penalty_start: float = 1e-8
+    penalty_rate: float = 1.2
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "losses", tuple((str(name), weight) for name, weight in self.losses))
@@ -169,6 +216,9 @@ class BalanceConfig:
         for name, weight in self.losses:
             require(is_amount(weight), f"balance.losses gives {name!r} the weight {weight!r}; it must be a finite number ≥ 0")
         require(is_amount(self.bias_rate), f"balance.bias_rate is {self.bias_rate!r}; it must be a finite number ≥ 0")
+        start, rate = self.penalty_start, self.penalty_rate
+        require(is_amount(start) and start > 0, f"balance.penalty_start is {start!r}; it must be a finite number > 0")
+        require(is_amount(rate) and rate >= 1, f"balance.penalty_rate is {rate!r}; it must be a finite number ≥ 1")
 
 
 @dataclass(frozen=True)
@@ -202,22 +252,53 @@ class MoEConfig:
             self.balance.bias_rule == "none" or gating.correction_bias,
             f"balance.bias_rule is {self.balance.bias_rule!r} but gating.correction_bias is False, so there is no bias to update",
         )
-        self._check_choices()
+        self._check_tables()
+        self._check_rule()
 
-    def _check_choices(self) -> None:
+    def _check_rule(self) -> None:
+        """What the rule of gating.choice excludes."""
+        from .choices import CHOICES
+
+        gating, rule, said = self.gating, CHOICES[self.gating.choice], f"gating.choice is {self.gating.choice!r}"
+        require(rule.in_groups or gating.groups == 1, f"{said}, which knows no groups, but gating.groups is {gating.groups}")
+        require(rule.biased or not gating.correction_bias, f"{said}, which no bias steers, but gating.correction_bias is True")
+        one_expert = gating.top_k == 1 and not rule.every_expert
+        recycle, second = self.capacity.recycle, gating.second_choice
+        require(
+            recycle == "none" or one_expert, f"capacity.recycle is {recycle!r}, for one expert per token, but {said}, top_k {gating.top_k}"
+        )
+        require(
+            recycle == "none" or "importance" not in dict(self.balance.losses),
+            f"balance.losses names 'importance', the sum of an expert's own gates, but capacity.recycle is {recycle!r}",
+        )
+        require(
+            second == "always" or not rule.every_expert, f"{said}, which knows no second choice, but gating.second_choice is {second!r}"
+        )
+        formula = self.capacity.formula
+        require(gating.choice != "positive" or formula == "none", f"{said}, which is dropless, but capacity.formula is {formula!r}")
+        require(
+            gating.normalize != "sum" or self.scores.function != "relu" or gating.eps > 0,
+            f"gating.eps is {gating.eps}, but scores.function 'relu' can give a token only zeros to divide by their sum",
+        )
+
+    def _check_tables(self) -> None:
         """Each tagged choice must be a row of its stage's table (imported here: the stages import this file)."""
-        from . import balancing, capacity, experts, gating, scores
+        from . import balancing, capacity, choices, experts, gating, noise, scores, shared
 
         tables = {
             "scores.function": (self.scores.function, scores.SCORE_FUNCTIONS),
             "scores.noise": (self.scores.noise, scores.INPUT_NOISE),
-            "gating.choice": (self.gating.choice, gating.CHOICES),
+            "scores.input_norm": (self.scores.input_norm, scores.INPUT_NORMS),
+            "scores.logit_noise": (self.scores.logit_noise, noise.LOGIT_NOISE),
+            "gating.choice": (self.gating.choice, choices.CHOICES),
             "gating.group_score": (self.gating.group_score, gating.GROUP_SCORES),
             "gating.normalize": (self.gating.normalize, gating.NORMALIZERS),
             "gating.second_choice": (self.gating.second_choice, gating.SECOND_CHOICES),
             "capacity.formula": (self.capacity.formula, capacity.FORMULAS),
             "capacity.order": (self.capacity.order, capacity.ORDERS),
+            "capacity.recycle": (self.capacity.recycle, capacity.RECYCLES),
             "experts.activation": (self.experts.activation, experts.ACTIVATIONS),
+            "experts.shared_gate": (self.experts.shared_gate, shared.SHARED_GATES),
             "balance.bias_rule": (self.balance.bias_rule, balancing.BIAS_RULES),
         }
         rows = [(where, value, table) for where, (value, table) in tables.items()]

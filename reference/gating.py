@@ -1,4 +1,4 @@
-"""scores_TE → expert_TK, gate_TK: which experts a token goes to, and with what weight each of them counts."""
+"""scores_TE → gate_TK: the order of preference, groups of experts, and with what weight each chosen expert counts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .config import GatingConfig
-from .scores import softmax_backward, softmax_forward
-from .tokens import Draws, TokenInfo
+from .scores import at_least_fp32, softmax_backward, softmax_forward
+from .tokens import Draws
 
 
 def top_k(value_TE: np.ndarray, count: int) -> np.ndarray:
@@ -51,28 +51,6 @@ def limit_to_groups(choice_TE: np.ndarray, config: GatingConfig) -> np.ndarray:
     open_TG = np.zeros((tokens, config.groups), bool)
     np.put_along_axis(open_TG, best, True, axis=1)
     return np.where(open_TG[:, :, None], choice_TGI, -np.inf).reshape(tokens, experts)
-
-
-def choose_top_k(choice_TE: np.ndarray, config: GatingConfig, tokens: TokenInfo) -> tuple[np.ndarray, np.ndarray]:
-    """Every real token takes its K best experts: [T, E] → (expert [T, K], picked [T, K] bool, False for padding)."""
-    expert_TK = top_k(choice_TE, config.top_k)
-    return expert_TK, np.repeat(tokens.real_T[:, None], expert_TK.shape[1], axis=1)
-
-
-CHOICES: dict[str, Callable[[np.ndarray, GatingConfig, TokenInfo], tuple[np.ndarray, np.ndarray]]] = {"top_k": choose_top_k}
-
-
-def choose(
-    scores_TE: np.ndarray, correction_bias: np.ndarray | None, config: GatingConfig, tokens: TokenInfo
-) -> tuple[np.ndarray, np.ndarray]:
-    """The discrete half of a router (choice): top-k of scores + correction bias inside the best groups.
-
-    Shapes: scores [T, E], correction_bias [E] or None → expert [T, K] int64, picked [T, K] bool (the assignments that exist).
-    Gradient: none; a choice is piecewise constant. The bias steers the choice and is never seen by a gate.
-    Source: DeepSeek-V3, §2.1.2; Wang et al. 2024 (auxiliary-loss-free balancing).
-    """
-    choice_TE = scores_TE if correction_bias is None else scores_TE + correction_bias
-    return CHOICES[config.choice](limit_to_groups(choice_TE, config), config, tokens)
 
 
 def no_normalizer_forward(chosen_TK: np.ndarray, eps: float) -> tuple[np.ndarray, None]:
@@ -117,63 +95,105 @@ def softmax_normalizer_forward(chosen_TK: np.ndarray, eps: float) -> tuple[np.nd
 
 
 class Normalizer(NamedTuple):
-    """chosen scores [T, K] → gates [T, K], and back."""
+    """chosen scores [T, K] → gates [T, K], and back; absent: the score that takes part in nothing."""
 
     forward: Callable[[np.ndarray, float], tuple[np.ndarray, Any]]
     backward: Callable[[np.ndarray, Any], np.ndarray]
+    absent: float = 0.0
 
 
 NORMALIZERS: dict[str, Normalizer] = {
     "none": Normalizer(no_normalizer_forward, no_normalizer_backward),
     "sum": Normalizer(sum_normalizer_forward, sum_normalizer_backward),
-    "softmax": Normalizer(softmax_normalizer_forward, softmax_backward),
+    "softmax": Normalizer(softmax_normalizer_forward, softmax_backward, -np.inf),
 }
 
 
 class GateCache(NamedTuple):
-    """expert_TK: whose scores were taken; experts: E; config: the settings; inner: the normalizer's own cache."""
+    """expert_TK: whose scores were taken, where present_TK; experts: E; config: the settings; inner: the normalizer's own cache."""
 
     expert_TK: np.ndarray
+    present_TK: np.ndarray
     experts: int
     config: GatingConfig
     inner: Any
 
 
-def gates_forward(scores_TE: np.ndarray, expert_TK: np.ndarray, config: GatingConfig) -> tuple[np.ndarray, GateCache]:
-    """The gates of given choices (gates): g = scale · normalize(s[expert]).
+def survivors(keep_TK: np.ndarray) -> np.ndarray:
+    """Which slots are normalized over after a drop (survivors): the kept ones, and all of a token that kept none, whose gates are 0 anyway.
 
-    Shapes: scores [T, E], expert [T, K] → (gate [T, K], cache). The scores are those without correction bias.
+    Source: DeepSpeed's top2gating: the survivor of a drop gets the whole weight.
+    Deviates: GShard, lingvo and Tutel normalize before the drop, so that a token which lost an expert counts less.
+    """
+    return keep_TK | ~keep_TK.any(1, keepdims=True)
+
+
+def gates_forward(
+    scores_TE: np.ndarray, expert_TK: np.ndarray, config: GatingConfig, present_TK: np.ndarray | None = None
+) -> tuple[np.ndarray, GateCache]:
+    """The gates of given choices (gates): g = scale · normalize(s[expert]), over the slots that are present (None: all).
+
+    Shapes: scores [T, E], expert [T, K], present [T, K] bool → (gate [T, K], cache). The scores are those without correction bias.
     Gradient: through the chosen scores only; see each normalizer.
     """
-    chosen_TK = np.take_along_axis(scores_TE, expert_TK, axis=1)
-    gate_TK, inner = NORMALIZERS[config.normalize].forward(chosen_TK, config.eps)
-    return gate_TK * np.asarray(config.scale, gate_TK.dtype), GateCache(expert_TK, scores_TE.shape[1], config, inner)
+    normalizer = NORMALIZERS[config.normalize]
+    present_TK = np.ones(expert_TK.shape, bool) if present_TK is None else present_TK
+    chosen_TK = np.where(present_TK, np.take_along_axis(scores_TE, expert_TK, axis=1), np.asarray(normalizer.absent, scores_TE.dtype))
+    gate_TK, inner = normalizer.forward(chosen_TK, config.eps)
+    cache = GateCache(expert_TK, present_TK, scores_TE.shape[1], config, inner)
+    return gate_TK * np.asarray(config.scale, gate_TK.dtype), cache
 
 
 def gates_backward(dgate_TK: np.ndarray, cache: GateCache) -> np.ndarray:
     """dscores [T, E] of `gates_forward`; 0 for every expert that was not chosen."""
     dchosen_TK = NORMALIZERS[cache.config.normalize].backward(dgate_TK * cache.config.scale, cache.inner)
     dscores_TE = np.zeros((dgate_TK.shape[0], cache.experts), dgate_TK.dtype)
-    np.put_along_axis(dscores_TE, cache.expert_TK, dchosen_TK, axis=1)
+    np.add.at(dscores_TE, (np.arange(len(dscores_TE))[:, None], cache.expert_TK), np.where(cache.present_TK, dchosen_TK, 0))
     return dscores_TE
 
 
-def always_second(gate_TK: np.ndarray, draws: Draws) -> np.ndarray:
+class ExpertScaleCache(NamedTuple):
+    """gate_TK: before the scale; expert_TK: whose; scale: [E]."""
+
+    gate_TK: np.ndarray
+    expert_TK: np.ndarray
+    scale: np.ndarray
+
+
+def expert_scale_forward(gate_TK: np.ndarray, expert_TK: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, ExpertScaleCache]:
+    """A learned factor for each expert (expert-scale): g_tk ← g_tk r_e, e the slot's expert.
+
+    Shapes: gate, expert [T, K], scale [E] → (gate [T, K], cache). Gradient: dg = dg' r_e, dr_e = Σ dg' g over the expert's slots.
+    Source: Gemma 4's `per_expert_scale` in transformers.
+    """
+    scale = at_least_fp32(scale)
+    return gate_TK * scale[expert_TK], ExpertScaleCache(gate_TK, expert_TK, scale)
+
+
+def expert_scale_backward(dscaled_TK: np.ndarray, cache: ExpertScaleCache) -> tuple[np.ndarray, np.ndarray]:
+    """(dgate [T, K], dscale [E]) of `expert_scale_forward`."""
+    dscale = np.zeros_like(cache.scale)
+    np.add.at(dscale, cache.expert_TK, dscaled_TK * cache.gate_TK)
+    return dscaled_TK * cache.scale[cache.expert_TK], dscale
+
+
+def always_second(gate_TK: np.ndarray, config: GatingConfig, draws: Draws) -> np.ndarray:
     """Every chosen expert is wanted: [T, K] → all True."""
     return np.ones(gate_TK.shape, bool)
 
 
-def random_second(gate_TK: np.ndarray, draws: Draws) -> np.ndarray:
-    """GShard's random second expert, in training (random-second): wanted iff 2·g₂ > r, r ~ U(0, 1).
+def random_second(gate_TK: np.ndarray, config: GatingConfig, draws: Draws) -> np.ndarray:
+    """A random second expert, in training (random-second): wanted iff g₂ / θ > r, r ~ U(0, 1), so with probability min(1, g₂ / θ).
 
-    Shapes: gate [T, 2], already normalized → wanted [T, 2] bool; the first choice is always wanted.
-    Source: Lepikhin et al. 2020, algorithm 1.
-    Deviates: in the paper's pseudo-code a rejected second choice still uses up a slot of its expert; lingvo, mesh-tensorflow and this
+    Shapes: gate [T, 2], already normalized → wanted [T, 2] bool; the first choice is always wanted. θ = config.second_threshold.
+    Source: Lepikhin et al. 2020, algorithm 1 (2 g₂ > r, θ = 1/2); Zoph et al. 2022 (ST-MoE), §C, and mesh-tensorflow (θ = 0.2).
+    Deviates: in GShard's pseudo-code a rejected second choice still uses up a slot of its expert; lingvo, mesh-tensorflow and this
     free it. They also draw in evaluation; here all noise belongs to training.
     """
     wanted_TK = np.ones(gate_TK.shape, bool)
-    wanted_TK[:, 1] = 2 * gate_TK[:, 1] > draws.uniform("second_choice", (gate_TK.shape[0],))
+    threshold = np.asarray(config.second_threshold, gate_TK.dtype)
+    wanted_TK[:, 1] = gate_TK[:, 1] / threshold > draws.uniform("second_choice", (gate_TK.shape[0],))
     return wanted_TK
 
 
-SECOND_CHOICES: dict[str, Callable[[np.ndarray, Draws], np.ndarray]] = {"always": always_second, "random": random_second}
+SECOND_CHOICES: dict[str, Callable[[np.ndarray, GatingConfig, Draws], np.ndarray]] = {"always": always_second, "random": random_second}

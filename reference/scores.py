@@ -45,6 +45,66 @@ def logits_backward(dlogits_TE: np.ndarray, cache: LogitsCache) -> tuple[np.ndar
     return dlogits_TE @ cache.weight, dlogits_TE.T @ cache.x_TD, dlogits_TE.sum(0)
 
 
+def no_norm_forward(x_TD: np.ndarray) -> tuple[np.ndarray, None]:
+    """The input as it is."""
+    return x_TD, None
+
+
+def no_norm_backward(dnormed_TD: np.ndarray, cache: None) -> np.ndarray:
+    """dx [T, D] of `no_norm_forward`."""
+    return dnormed_TD
+
+
+class NormCache(NamedTuple):
+    """normed_TD: the result; size: what was divided by, [T, 1]."""
+
+    normed_TD: np.ndarray
+    size: np.ndarray
+
+
+def rms_norm_forward(x_TD: np.ndarray) -> tuple[np.ndarray, NormCache]:
+    """The router's input with an RMS of 1 (router-norm): n = x / √(mean_d x² + 1e-6), so that its length moves no logit.
+
+    Shapes: [T, D] → (normed [T, D] in fp32 or better, cache). Gradient: dx = (dn − n mean_d(dn ⊙ n)) / √(mean_d x² + 1e-6).
+    Source: Zhang & Sennrich 2019 (RMSNorm); as the router's own norm: Gemma 4 in transformers.
+    Deviates: Gemma 4 also multiplies n by a learned vector and by D^(−1/2) before its matrix; both can be folded into the matrix.
+    """
+    x_TD = at_least_fp32(x_TD)
+    size = np.sqrt((x_TD**2).mean(1, keepdims=True) + np.asarray(1e-6, x_TD.dtype))
+    return x_TD / size, NormCache(x_TD / size, size)
+
+
+def rms_norm_backward(dnormed_TD: np.ndarray, cache: NormCache) -> np.ndarray:
+    """dx [T, D] of `rms_norm_forward`."""
+    return (dnormed_TD - cache.normed_TD * (dnormed_TD * cache.normed_TD).mean(1, keepdims=True)) / cache.size
+
+
+class Stage(NamedTuple):
+    """forward: array → (array, cache); backward: (cotangent, cache) → cotangent."""
+
+    forward: Callable
+    backward: Callable
+
+
+INPUT_NORMS: dict[str, Stage] = {
+    "none": Stage(no_norm_forward, no_norm_backward),
+    "rms": Stage(rms_norm_forward, rms_norm_backward),
+}
+
+
+def softcap_forward(logits_TE: np.ndarray, cap: float) -> tuple[np.ndarray, np.ndarray]:
+    """Logits bent into (−c, c) (softcap): z̃ = c tanh(z / c); c = 0 leaves them alone.
+
+    Shapes: [T, E] → (capped [T, E], ∂z̃/∂z). Gradient: dz = dz̃ (1 − (z̃ / c)²).
+    Source: Gemma Team 2024 (Gemma 2, arXiv 2408.00118), §2, there for attention and output; on the router's logits: Grok-1 in SGLang
+    (c = 30) and Laguna in transformers.
+    """
+    if cap == 0:
+        return logits_TE, np.ones((), logits_TE.dtype)
+    share_TE = np.tanh(logits_TE / np.asarray(cap, logits_TE.dtype))
+    return share_TE * np.asarray(cap, logits_TE.dtype), 1 - share_TE**2
+
+
 def jitter(x_TD: np.ndarray, scale: float, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
     """Switch's jitter (jitter): x̃ = x ⊙ u, u ~ U(1 − ε, 1 + ε), on the router's copy of the input only.
 
@@ -101,6 +161,43 @@ def sigmoid_backward(dscores_TE: np.ndarray, cache: np.ndarray) -> np.ndarray:
     return dscores_TE * cache * (1 - cache)
 
 
+class SoftplusCache(NamedTuple):
+    """logits_TE: z; scores_TE: the result."""
+
+    logits_TE: np.ndarray
+    scores_TE: np.ndarray
+
+
+def sqrt_softplus_forward(logits_TE: np.ndarray) -> tuple[np.ndarray, SoftplusCache]:
+    """Unbounded and never negative (score-sqrt-softplus): s_te = √log(1 + exp z_te), which grows like √z.
+
+    Shapes: [T, E] → (scores [T, E], cache). Gradient: dz = ds σ(z) / (2 s), and 0 where s has underflowed to 0.
+    Source: DeepSeek-V4 in transformers. Deviates: there the gradient of an underflowed score is NaN.
+    """
+    scores_TE = np.sqrt(np.logaddexp(logits_TE, np.zeros((), logits_TE.dtype)))
+    return scores_TE, SoftplusCache(logits_TE, scores_TE)
+
+
+def sqrt_softplus_backward(dscores_TE: np.ndarray, cache: SoftplusCache) -> np.ndarray:
+    """dlogits [T, E] of `sqrt_softplus_forward`."""
+    slope_TE = sigmoid(cache.logits_TE)
+    return dscores_TE * np.divide(slope_TE, 2 * cache.scores_TE, out=np.zeros_like(slope_TE), where=cache.scores_TE > 0)
+
+
+def relu_score_forward(logits_TE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A score that is itself the decision (score-relu): s_te = max(z_te, 0); experts with s = 0 are off.
+
+    Shapes: [T, E] → (scores [T, E], cache). Gradient: dz = ds where z > 0; continuous in value when an expert comes or goes.
+    Source: Wang et al. 2024 (ReMoE), §3.
+    """
+    return np.maximum(logits_TE, 0), logits_TE
+
+
+def relu_score_backward(dscores_TE: np.ndarray, cache: np.ndarray) -> np.ndarray:
+    """dlogits [T, E] of `relu_score_forward`."""
+    return dscores_TE * (cache > 0)
+
+
 def identity_forward(logits_TE: np.ndarray) -> tuple[np.ndarray, None]:
     """The logits themselves (score-identity): s = z, for routers that take the softmax over the chosen experts only."""
     return logits_TE, None
@@ -146,5 +243,7 @@ class ScoreFunction(NamedTuple):
 SCORE_FUNCTIONS: dict[str, ScoreFunction] = {
     "softmax": ScoreFunction(softmax_forward, softmax_backward, identity_forward, identity_backward),
     "sigmoid": ScoreFunction(sigmoid_forward, sigmoid_backward, share_forward, share_backward),
+    "sqrt_softplus": ScoreFunction(sqrt_softplus_forward, sqrt_softplus_backward, share_forward, share_backward),
+    "relu": ScoreFunction(relu_score_forward, relu_score_backward, share_forward, share_backward),
     "identity": ScoreFunction(identity_forward, identity_backward, softmax_forward, softmax_backward),
 }

@@ -1,6 +1,6 @@
 """Each paper's layer as a straight line: no flags, the paper's order, checked against the layer that `MoEConfig` drives.
 
-A recipe writes the training pass of its paper for real tokens: `forward(x_TD, params, config, group_T, draws) -> (y_TD, losses)`.
+A recipe writes the training pass of its paper for real tokens: `forward(x_TD, params, config, info, draws) -> (y_TD, losses)`.
 It reads sizes and factors from the config and never asks which router it is: that is what the file says. `run` adds what no paper
 has, padding and the numbering of groups. Unlike the sorted dispatch of the layer, a recipe computes the sum over all experts, or
 GShard's einsums; so the two share score functions, top-k and networks, and differ in the rest.
@@ -15,16 +15,36 @@ import numpy as np
 from ..config import MoEConfig, require
 from ..experts import Params
 from ..layer import check_input, check_params
-from ..tokens import Draws, token_info
-from . import deepseek_moe, deepseek_v2, deepseek_v3, dense, gshard, mixtral, olmoe, qwen3_moe, switch
+from ..tokens import Draws, TokenInfo, token_info
+from . import (
+    deepseek_moe,
+    deepseek_v2,
+    deepseek_v3,
+    dense,
+    expert_choice,
+    glam,
+    gpt_oss,
+    gshard,
+    llama4,
+    mixtral,
+    olmoe,
+    openmoe,
+    qwen2_moe,
+    qwen3_moe,
+    remoe,
+    shazeer,
+    st_moe,
+    switch,
+)
 
-Recipe = Callable[[np.ndarray, Params, MoEConfig, np.ndarray, Draws], tuple[np.ndarray, dict[str, float]]]
+Recipe = Callable[[np.ndarray, Params, MoEConfig, TokenInfo, Draws], tuple[np.ndarray, dict[str, float]]]
 
 RECIPES: dict[str, Recipe] = {
     "dense": dense.forward,
     "gshard-600b": gshard.forward,
     "switch-base-128": switch.forward,
     "switch-c-2048": switch.forward,
+    "switch-xxl-128": switch.forward,
     "mixtral-8x7b": mixtral.forward,
     "mixtral-8x22b": mixtral.forward,
     "olmoe-1b-7b": olmoe.forward,
@@ -32,31 +52,46 @@ RECIPES: dict[str, Recipe] = {
     "qwen3-235b-a22b": qwen3_moe.forward,
     "deepseek-moe-2b": deepseek_moe.forward,
     "deepseek-moe-16b": deepseek_moe.forward,
-    "deepseek-moe-145b": deepseek_moe.forward,
+    "deepseek-moe-145b": deepseek_moe.forward_on_devices,
     "deepseek-v2": deepseek_v2.forward,
     "deepseek-v2-lite": deepseek_moe.forward,
     "deepseek-v3": deepseek_v3.forward,
     "deepseek-r1": deepseek_v3.forward,
+    "shazeer-2017": shazeer.forward,
+    "glam-64b-64e": glam.forward,
+    "st-moe-32b": st_moe.forward,
+    "openmoe-8b": openmoe.forward,
+    "expert-choice-8b-64e": expert_choice.forward,
+    "remoe-182m": remoe.forward,
+    "qwen1.5-moe-a2.7b": qwen2_moe.forward,
+    "qwen2-57b-a14b": qwen2_moe.forward,
+    "gpt-oss-120b": gpt_oss.forward,
+    "gpt-oss-20b": gpt_oss.forward,
+    "llama4-scout": llama4.forward,
+    "llama4-maverick": llama4.forward,
 }
 
 
 def run(
     name: str, x_TD: np.ndarray, params: Params, config: MoEConfig, *,
-    rng: np.random.Generator | None = None, group_ids: np.ndarray | None = None, pad_mask: np.ndarray | None = None,
-    draws: Mapping[str, np.ndarray] | None = None,
+    rng: np.random.Generator | None = None, token_ids: np.ndarray | None = None, group_ids: np.ndarray | None = None,
+    pad_mask: np.ndarray | None = None, draws: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, dict[str, float]]:  # fmt: skip
     """(y [T, D], unweighted losses by name) of the recipe of preset `name`, in training.
 
-    Shapes: x [T, D]; group_ids [T] int; pad_mask [T] bool, True for padding, which no recipe sees and whose y is 0.
+    Shapes: x [T, D]; token_ids, group_ids [T] int; pad_mask [T] bool, True for padding, which no recipe sees and whose y is 0.
     draws: the recorded random numbers of a layer's pass (`routing.draws`), to compare under noise; else they come from rng.
     Raises: ValueError for an unknown name, or as `moe_forward` does.
     """
     require(name in RECIPES, f"there is no recipe {name!r}; known: {', '.join(RECIPES)}")
     check_input(x_TD, config)
     check_params(params, config)
-    tokens = token_info(len(x_TD), None, group_ids, pad_mask)
+    tokens = token_info(len(x_TD), token_ids, group_ids, pad_mask)
     real_T = tokens.real_T
+    info = TokenInfo(
+        tokens.group_T[real_T], tokens.groups, real_T[real_T], None if tokens.token_ids_T is None else tokens.token_ids_T[real_T]
+    )
     replayed = None if draws is None else {key: np.asarray(value)[real_T] for key, value in draws.items()}
     y_TD = np.zeros_like(x_TD)
-    y_TD[real_T], losses = RECIPES[name](x_TD[real_T], params, config, tokens.group_T[real_T], Draws(rng, replayed))
+    y_TD[real_T], losses = RECIPES[name](x_TD[real_T], params, config, info, Draws(rng, replayed))
     return y_TD, losses

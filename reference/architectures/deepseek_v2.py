@@ -2,8 +2,9 @@
 
 Source: DeepSeek-AI 2024 (DeepSeek-V2, arXiv 2405.04434), §2.2; the factor on the gates is in the released configuration.
 Specific: the experts of a device are a group; a token goes to the M groups that hold its best single experts, then to the top-K in them.
+Three losses: the load of experts, the load of devices, and how many tokens each device is sent.
 Deviates: the affinities outside are −∞ here and 0 in transformers, which is the same as long as they are probabilities. The paper
-computes its losses per sequence, here over the batch; its device and communication losses and its token drop are not in this recipe.
+computes its losses per sequence, here over the batch; its token drop is not in this recipe.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import numpy as np
 from ..config import MoEConfig
 from ..experts import Params
 from ..scores import logits_forward, softmax_forward
-from ..tokens import Draws
+from ..tokens import Draws, TokenInfo
 from ._mixture import indicator, mixture, shared
 
 
-def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, group_T: np.ndarray, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
-    """DeepSeekMoE, the experts chosen within M devices: (y [T, D], {"expert_balance"})."""
+def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, info: TokenInfo, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
+    """DeepSeekMoE, the experts chosen within M devices: (y [T, D], the three losses)."""
     experts, groups = config.experts.count, config.gating.groups
     affinity_TE, _ = softmax_forward(logits_forward(x_TD, params["router.weight"])[0])
 
@@ -31,4 +32,12 @@ def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, group_T: np.nda
     tokens = max(len(x_TD), 1)
     frequency_E = experts / (config.gating.top_k * tokens) * chosen_TE.sum(0)
     mean_E = affinity_TE.sum(0) / tokens
-    return y_TD, {"expert_balance": float(frequency_E @ mean_E)}
+    on_device = (groups, experts // groups)
+    device_frequency_G, device_mean_G = frequency_E.reshape(on_device).mean(1), mean_E.reshape(on_device).sum(1)
+    sent_G = chosen_TE.reshape(-1, *on_device).any(2).sum(0)
+    received_G = groups / (config.gating.top_groups * tokens) * sent_G
+    return y_TD, {
+        "expert_balance": float(frequency_E @ mean_E),
+        "device_balance": float(device_frequency_G @ device_mean_G),
+        "communication_balance": float(received_G @ device_mean_G),
+    }

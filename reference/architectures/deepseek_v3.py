@@ -13,11 +13,11 @@ import numpy as np
 from ..config import MoEConfig
 from ..experts import Params
 from ..scores import logits_forward, sigmoid_forward
-from ..tokens import Draws
+from ..tokens import Draws, TokenInfo
 from ._mixture import indicator, mixture, shared
 
 
-def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, group_T: np.ndarray, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
+def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, info: TokenInfo, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
     """y_t = Σ shared FFN_i(u_t) + Σ routed g_it FFN_i(u_t): (y [T, D], {"sequence_balance"})."""
     experts, groups, top_k = config.experts.count, config.gating.groups, config.gating.top_k
     affinity_TE, _ = sigmoid_forward(logits_forward(x_TD, params["router.weight"])[0])
@@ -31,8 +31,8 @@ def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, group_T: np.nda
     y_TD = shared(x_TD, params) + mixture(x_TD, gate_TE, params)
 
     losses = []
-    for sequence in np.unique(group_T):
-        affinity_SE = affinity_TE[group_T == sequence]
+    for sequence in np.unique(info.group_T):
+        affinity_SE = affinity_TE[info.group_T == sequence]
         frequency_E = experts / top_k * indicator(affinity_SE, top_k).mean(0)
         mean_E = (affinity_SE / affinity_SE.sum(1, keepdims=True)).mean(0)
         losses.append(float(frequency_E @ mean_E))

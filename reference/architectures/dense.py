@@ -10,10 +10,10 @@ import numpy as np
 
 from ..config import MoEConfig
 from ..experts import Params, ffn_forward
-from ..tokens import Draws
+from ..tokens import Draws, TokenInfo
 from ._mixture import expert
 
 
-def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, group_T: np.ndarray, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
+def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, info: TokenInfo, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
     """y_t = W_down (silu(W_gate x_t) ⊙ W_up x_t): (y [T, D], no losses)."""
     return ffn_forward(x_TD, expert(params, 0), "swiglu")[0], {}

@@ -17,10 +17,10 @@ from ..dispatch import one_hot_combine, one_hot_dispatch, one_hot_slots
 from ..experts import FFN, Params, ffn_forward
 from ..gating import top_k
 from ..scores import logits_forward, softmax_forward
-from ..tokens import Draws
+from ..tokens import Draws, TokenInfo
 
 
-def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, group_T: np.ndarray, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
+def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, info: TokenInfo, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
     """Algorithms 1 and 2 in their order: (y [T, D], {"first_choice_balance"})."""
     experts, y_TD = config.experts.count, np.zeros_like(x_TD)
     gates_TE, _ = softmax_forward(logits_forward(x_TD, params["router.weight"])[0])
@@ -30,8 +30,8 @@ def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, group_T: np.nda
     random_T = draws.uniform("second_choice", (len(x_TD),))
     keep_TK = np.zeros(expert_TK.shape, bool)
 
-    for group in np.unique(group_T):
-        members = np.flatnonzero(group_T == group)
+    for group in np.unique(info.group_T):
+        members = np.flatnonzero(info.group_T == group)
         capacity = per_assignment(config.capacity.factor, 2, len(members), experts)
         count_E = np.zeros(experts, int)
         for t in members:

@@ -13,11 +13,11 @@ import numpy as np
 from ..config import MoEConfig
 from ..experts import Params
 from ..scores import logits_forward, softmax_forward
-from ..tokens import Draws
+from ..tokens import Draws, TokenInfo
 from ._mixture import indicator, mixture
 
 
-def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, group_T: np.ndarray, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
+def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, info: TokenInfo, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
     """y_t = Σ_i Softmax(TopK(x_t W_g))_i SwiGLU_i(x_t): (y [T, D], {"expert_balance"})."""
     logits_TE, _ = logits_forward(x_TD, params["router.weight"])
     chosen_TE = indicator(logits_TE, config.gating.top_k)

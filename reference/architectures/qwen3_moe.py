@@ -12,11 +12,11 @@ import numpy as np
 from ..config import MoEConfig
 from ..experts import Params
 from ..scores import logits_forward, softmax_forward
-from ..tokens import Draws
+from ..tokens import Draws, TokenInfo
 from ._mixture import indicator, mixture
 
 
-def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, group_T: np.ndarray, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
+def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, info: TokenInfo, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
     """y_t = Σ_{i ∈ TopK} p_i / (Σ_{j ∈ TopK} p_j) E_i(x_t), p = softmax: (y [T, D], {"expert_balance"})."""
     probability_TE, _ = softmax_forward(logits_forward(x_TD, params["router.weight"])[0])
     chosen_TE = indicator(probability_TE, config.gating.top_k)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .. import capacity as numpy_capacity
-from ..config import CapacityConfig
-from .tokens import TokenInfo
+from ..config import CapacityConfig, MoEConfig
+from .tokens import Draws, HostDraws, TokenInfo, on_host
 
 
 def group_capacity(config: CapacityConfig, top_k: int, experts: int, tokens: TokenInfo, *, training: bool) -> Tensor:
@@ -20,17 +20,49 @@ def group_capacity(config: CapacityConfig, top_k: int, experts: int, tokens: Tok
     return torch.from_numpy(slots_B).to(tokens.group_T.device)
 
 
-def choice_major(gate_TK: Tensor) -> Tensor:
+def choice_major(gate_TK: Tensor, draws: Draws) -> Tensor:
     """All first choices in order of position, then all second ones, … (order-choice-major): assignment ids t·K + k, [T·K]."""
     return torch.arange(gate_TK.numel(), device=gate_TK.device).reshape(gate_TK.shape).T.flatten()
 
 
-def token_major(gate_TK: Tensor) -> Tensor:
+def token_major(gate_TK: Tensor, draws: Draws) -> Tensor:
     """Tokens in order of position, each with all its choices (order-token-major): [T·K]."""
     return torch.arange(gate_TK.numel(), device=gate_TK.device)
 
 
-ORDERS: dict[str, Callable[[Tensor], Tensor]] = {"choice_major": choice_major, "token_major": token_major}
+def by_probability(gate_TK: Tensor, draws: Draws) -> Tensor:
+    """The highest gate first, whatever its slot or position (order-probability): [T·K]."""
+    return torch.sort(gate_TK.flatten(), descending=True, stable=True).indices
+
+
+def _rounds(token_N: Tensor, slots: int) -> Tensor:
+    # Slot by slot, the tokens of each round in the given order.
+    return (token_N * slots + torch.arange(slots, device=token_N.device)[:, None]).flatten()
+
+
+def batch_prioritized(gate_TK: Tensor, draws: Draws) -> Tensor:
+    """All first choices, then all second ones, …, each round in order of the tokens' highest gate (order-batch-prioritized): [T·K]."""
+    return _rounds(torch.sort(gate_TK.amax(1), descending=True, stable=True).indices, gate_TK.shape[1])
+
+
+def in_random_order(gate_TK: Tensor, draws: Draws) -> Tensor:
+    """All first choices, then all second ones, …, the tokens of each round in one random order, in training (order-random): [T·K]."""
+    return _rounds(torch.sort(draws.uniform("order", gate_TK.shape[:1], gate_TK), stable=True).indices, gate_TK.shape[1])
+
+
+ORDERS: dict[str, Callable[[Tensor, Draws], Tensor]] = {
+    "choice_major": choice_major,
+    "token_major": token_major,
+    "probability": by_probability,
+    "batch_prioritized": batch_prioritized,
+    "random": in_random_order,
+}
+
+
+def queue_order(gate_TK: Tensor, order: str, draws: Draws, *, training: bool) -> Tensor:
+    """Assignment ids in the order in which they ask for a slot, [T·K]; gates are those before any drop."""
+    in_evaluation = numpy_capacity.ORDERS[order].in_evaluation
+    return ORDERS[order if training or in_evaluation is None else in_evaluation](gate_TK, draws)
 
 
 def position_in_expert(expert_TK: Tensor, wanted_TK: Tensor, group_T: Tensor, order_N: Tensor) -> Tensor:
@@ -48,7 +80,27 @@ def position_in_expert(expert_TK: Tensor, wanted_TK: Tensor, group_T: Tensor, or
     return torch.where(wanted_TK, position_N.reshape(expert_TK.shape), 0)
 
 
-def keep_within_capacity(expert_TK: Tensor, gate_TK: Tensor, wanted_TK: Tensor, capacity: Tensor, order: str, tokens: TokenInfo) -> Tensor:
-    """The assignments that find a free slot (keep): expert, gate, wanted [T, K], capacity [B] → [T, K] bool."""
-    position_TK = position_in_expert(expert_TK, wanted_TK, tokens.group_T, ORDERS[order](gate_TK))
+def keep_within_capacity(expert_TK: Tensor, wanted_TK: Tensor, capacity: Tensor, order_N: Tensor, tokens: TokenInfo) -> Tensor:
+    """The assignments that find a free slot (keep): expert, wanted [T, K], capacity [B], order [T·K] → [T, K] bool."""
+    position_TK = position_in_expert(expert_TK, wanted_TK, tokens.group_T, order_N)
     return wanted_TK & (position_TK < capacity[tokens.group_T][:, None])
+
+
+class Placed(NamedTuple):
+    """expert_TK and keep_TK after dropped tokens were placed anew, or not."""
+
+    expert_TK: Tensor
+    keep_TK: Tensor
+
+
+def recycle(placed: Placed, wanted_TK: Tensor, capacity: Tensor, config: MoEConfig, tokens: TokenInfo, draws: Draws) -> Placed:
+    """The rule config.capacity.recycle on dropped tokens, in training: the reference's own function, on the host."""
+    rule = config.capacity.recycle
+    if rule == "none":
+        return placed
+    host = numpy_capacity.Placed(placed.expert_TK.cpu().numpy(), placed.keep_TK.cpu().numpy())
+    numbers = HostDraws(draws, tokens.real_T)
+    moved = numpy_capacity.RECYCLES[rule](
+        host, wanted_TK.cpu().numpy(), capacity.cpu().numpy(), config.experts.count, on_host(tokens), cast(Any, numbers)
+    )
+    return Placed(*(torch.from_numpy(array).to(wanted_TK.device) for array in moved))

@@ -29,6 +29,11 @@ def dispatch_forward(x_TD: Tensor, expert_TK: Tensor, keep_TK: Tensor, experts: 
     return x_TD[token_N], Dispatch(token_N, slot_N, bounds_P, len(x_TD))
 
 
+def gate_rows_forward(rows_ND: Tensor, gate_TK: Tensor, dispatch: Dispatch) -> Tensor:
+    """Gates on the experts' inputs (gate-input): rows [N, D], gate [T, K] → rows [N, D] in their dtype."""
+    return (gate_TK[dispatch.token_N, dispatch.slot_N][:, None] * rows_ND).to(rows_ND.dtype)
+
+
 def combine_forward(out_ND: Tensor, gate_TK: Tensor, dispatch: Dispatch) -> Tensor:
     """The weighted sum of a token's experts (combine): out [N, D], gate [T, K] → y [T, D], summed in the gates' fp32 or better."""
     weighted_ND = gate_TK[dispatch.token_N, dispatch.slot_N][:, None] * out_ND

@@ -58,6 +58,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def concatenate_gate_up(weight: Tensor) -> Tensor:
+    """Rows gate, up, gate, up, … → all gate rows, then all up rows: [E, 2F, …]."""
+    return torch.cat([weight[:, ::2], weight[:, 1::2]], dim=1)
+
+
+def interleave_gate_up(weight: Tensor) -> Tensor:
+    """The inverse of `concatenate_gate_up`."""
+    return torch.stack(weight.chunk(2, dim=1), dim=2).reshape(weight.shape)
+
+
 class FFN(NamedTuple):
     """The tensors of one feed-forward network: up [M, D] and down [D, F], with biases [M] and [D] or None; M = 2F where gated."""
 
@@ -93,6 +103,41 @@ def experts_forward(rows_ND: Tensor, bounds_P: Tensor, params: Params, config: E
 
 
 def shared_forward(x_TD: Tensor, params: Params, config: ExpertsConfig) -> Tensor:
-    """The shared experts, which every token passes through with weight 1 (shared): [T, D] → [T, D]."""
+    """The shared experts, which every token passes through (shared): [T, D] → [T, D]."""
     up, down, up_bias, down_bias = ffn_keys("shared", config)
     return ffn_forward(x_TD, FFN(params[up], params[down], params.get(up_bias), params.get(down_bias)), config.activation)
+
+
+class Shared(NamedTuple):
+    """out_TD: of the shared experts, weighed; routed_T: what the routed experts' output is multiplied by, None for 1."""
+
+    out_TD: Tensor
+    routed_T: Tensor | None = None
+
+
+def plain_shared(x_TD: Tensor, out_TD: Tensor, params: Params) -> Shared:
+    """Both outputs as they are."""
+    return Shared(out_TD)
+
+
+def sigmoid_shared(x_TD: Tensor, out_TD: Tensor, params: Params) -> Shared:
+    """Each token weighs the shared experts (shared-sigmoid): y = routed + σ(w·x) · shared."""
+    return Shared(torch.sigmoid(nn.functional.linear(x_TD, params["shared.gate"])) * out_TD)
+
+
+def softmax_shared(x_TD: Tensor, out_TD: Tensor, params: Params) -> Shared:
+    """PR-MoE's two-way softmax (shared-softmax): y = c₀ · routed + c₁ · shared."""
+    routed_T, shared_T = nn.functional.linear(x_TD, params["shared.gate"], params["shared.gate_bias"]).softmax(1).unbind(1)
+    return Shared(shared_T[:, None] * out_TD, routed_T)
+
+
+SHARED_GATES: dict[str, Callable[[Tensor, Tensor, Params], Shared]] = {
+    "none": plain_shared,
+    "sigmoid": sigmoid_shared,
+    "softmax": softmax_shared,
+}
+
+
+def weighed_shared(x_TD: Tensor, params: Params, config: ExpertsConfig) -> Shared:
+    """The shared experts by the rule of config.shared_gate."""
+    return SHARED_GATES[config.shared_gate](x_TD, shared_forward(x_TD, params, config), params)

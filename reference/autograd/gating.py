@@ -1,15 +1,16 @@
-"""scores_TE → expert_TK, gate_TK in PyTorch; the equations and sources are those of `reference.gating`."""
+"""scores_TE → gate_TK in PyTorch; the equations and sources are those of `reference.gating`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import GatingConfig
 from .scores import softmax_forward
-from .tokens import Draws, TokenInfo
+from .tokens import Draws, at_least_fp32
 
 
 def top_k(value_TE: Tensor, count: int) -> Tensor:
@@ -44,24 +45,6 @@ def limit_to_groups(choice_TE: Tensor, config: GatingConfig) -> Tensor:
     return choice_TGI.masked_fill(closed_TG[:, :, None], -torch.inf).reshape(tokens, experts)
 
 
-def choose_top_k(choice_TE: Tensor, config: GatingConfig, tokens: TokenInfo) -> tuple[Tensor, Tensor]:
-    """Every real token takes its K best experts: [T, E] → (expert [T, K], picked [T, K] bool, False for padding)."""
-    expert_TK = top_k(choice_TE, config.top_k)
-    return expert_TK, tokens.real_T[:, None].expand(expert_TK.shape)
-
-
-CHOICES: dict[str, Callable[[Tensor, GatingConfig, TokenInfo], tuple[Tensor, Tensor]]] = {"top_k": choose_top_k}
-
-
-def choose(scores_TE: Tensor, correction_bias: Tensor | None, config: GatingConfig, tokens: TokenInfo) -> tuple[Tensor, Tensor]:
-    """The discrete half of a router (choice): top-k of scores + correction bias inside the best groups.
-
-    Shapes: scores [T, E], correction_bias [E] or None → expert [T, K] int64, picked [T, K] bool. Gradient: none.
-    """
-    choice_TE = scores_TE if correction_bias is None else scores_TE + correction_bias
-    return CHOICES[config.choice](limit_to_groups(choice_TE, config), config, tokens)
-
-
 def no_normalizer_forward(chosen_TK: Tensor, eps: float) -> Tensor:
     """The chosen scores as they are (gate-plain)."""
     return chosen_TK
@@ -77,27 +60,48 @@ def softmax_normalizer_forward(chosen_TK: Tensor, eps: float) -> Tensor:
     return softmax_forward(chosen_TK)
 
 
-NORMALIZERS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "none": no_normalizer_forward,
-    "sum": sum_normalizer_forward,
-    "softmax": softmax_normalizer_forward,
+class Normalizer(NamedTuple):
+    """(chosen scores [T, K], eps) → gates [T, K]; absent: the score that takes part in nothing."""
+
+    forward: Callable[[Tensor, float], Tensor]
+    absent: float = 0.0
+
+
+NORMALIZERS: dict[str, Normalizer] = {
+    "none": Normalizer(no_normalizer_forward),
+    "sum": Normalizer(sum_normalizer_forward),
+    "softmax": Normalizer(softmax_normalizer_forward, -torch.inf),
 }
 
 
-def gates_forward(scores_TE: Tensor, expert_TK: Tensor, config: GatingConfig) -> Tensor:
-    """The gates of given choices (gates): scores [T, E] without correction bias, expert [T, K] → gate [T, K]."""
-    return NORMALIZERS[config.normalize](scores_TE.gather(1, expert_TK), config.eps) * config.scale
+def survivors(keep_TK: Tensor) -> Tensor:
+    """Which slots are normalized over after a drop (survivors): the kept ones, and all of a token that kept none."""
+    return keep_TK | ~keep_TK.any(1, keepdim=True)
 
 
-def always_second(gate_TK: Tensor, draws: Draws) -> Tensor:
+def gates_forward(scores_TE: Tensor, expert_TK: Tensor, config: GatingConfig, present_TK: Tensor | None = None) -> Tensor:
+    """The gates of given choices (gates): scores [T, E] without correction bias, expert [T, K] → gate [T, K], over the slots present."""
+    normalizer = NORMALIZERS[config.normalize]
+    chosen_TK = scores_TE.gather(1, expert_TK)
+    if present_TK is not None:
+        chosen_TK = chosen_TK.masked_fill(~present_TK, normalizer.absent)
+    return normalizer.forward(chosen_TK, config.eps) * config.scale
+
+
+def expert_scale_forward(gate_TK: Tensor, expert_TK: Tensor, scale: Tensor) -> Tensor:
+    """A learned factor for each expert (expert-scale): gate, expert [T, K], scale [E] → gate [T, K]."""
+    return gate_TK * at_least_fp32(scale)[expert_TK]
+
+
+def always_second(gate_TK: Tensor, config: GatingConfig, draws: Draws) -> Tensor:
     """Every chosen expert is wanted: [T, K] → all True."""
     return torch.ones_like(gate_TK, dtype=torch.bool)
 
 
-def random_second(gate_TK: Tensor, draws: Draws) -> Tensor:
-    """GShard's random second expert, in training (random-second): gate [T, 2], normalized → wanted [T, 2] bool."""
-    second_T = 2 * gate_TK[:, 1] > draws.uniform("second_choice", gate_TK.shape[:1], gate_TK)
+def random_second(gate_TK: Tensor, config: GatingConfig, draws: Draws) -> Tensor:
+    """A random second expert, in training (random-second): gate [T, 2], normalized → wanted [T, 2] bool."""
+    second_T = gate_TK[:, 1] / config.second_threshold > draws.uniform("second_choice", gate_TK.shape[:1], gate_TK)
     return torch.stack([torch.ones_like(second_T), second_T], 1)
 
 
-SECOND_CHOICES: dict[str, Callable[[Tensor, Draws], Tensor]] = {"always": always_second, "random": random_second}
+SECOND_CHOICES: dict[str, Callable[[Tensor, GatingConfig, Draws], Tensor]] = {"always": always_second, "random": random_second}

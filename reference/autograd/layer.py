@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import MoEConfig, require
-from ..layer import BUFFERS, parameter_shapes
+from ..choices import CHOICES as NUMPY_CHOICES
+from ..choices import slots
+from ..config import MoEConfig, ScoresConfig, require
+from ..parameters import BUFFERS, STARTS, parameter_shapes
 from .balancing import BIAS_RULES, LOSSES, LossInputs, count_load, mean_probability
-from .capacity import group_capacity, keep_within_capacity
-from .dispatch import combine_forward, dispatch_forward
-from .experts import Params, experts_forward, shared_forward
-from .gating import SECOND_CHOICES, choose, gates_forward
-from .scores import INPUT_NOISE, SCORE_FUNCTIONS, logits_forward
+from .capacity import Placed, group_capacity, keep_within_capacity, queue_order, recycle
+from .choices import ChoiceContext, choose
+from .dispatch import combine_forward, dispatch_forward, gate_rows_forward
+from .experts import Params, Shared, experts_forward, weighed_shared
+from .gating import SECOND_CHOICES, expert_scale_forward, gates_forward, survivors
+from .noise import LOGIT_NOISE, Noisy
+from .scores import INPUT_NOISE, INPUT_NORMS, SCORE_FUNCTIONS, logits_forward, softcap_forward
 from .tokens import Draws, TokenInfo, checks_values, token_info, without_autocast
+
+BUFFER_DTYPES = {np.float32: torch.float32, np.int64: torch.int64}
+DRAWN = frozenset({"router.hash_table"})  # the one exception that a generator must be asked for
 
 
 class Routing(NamedTuple):
@@ -66,37 +74,79 @@ def check_params(x: Tensor, params: Params, config: MoEConfig, parts: tuple[str,
                 require(bool(tensor.detach().isfinite().all()), f"{name} holds NaN or infinity")
 
 
-def check_replay(replay: Any, tokens: int, config: MoEConfig) -> None:
-    """ValueError unless the recorded choices fit this pass; under MOEBIUS_CHECK=1 also where an id names no expert."""
-    shape, experts = tuple(replay.expert.shape), config.experts.count
-    require(len(shape) == 2 and shape[0] == tokens, f"replay.expert has shape {shape}; x has {tokens} tokens")
-    require(tuple(replay.keep.shape) == shape, f"replay.keep has shape {tuple(replay.keep.shape)}, replay.expert {shape}")
+def check_replay(replay: Any, tokens: TokenInfo, config: MoEConfig) -> None:
+    """ValueError unless the recorded choices fit this pass; under MOEBIUS_CHECK=1 also for an id of no expert, or padding that is kept."""
+    experts = config.experts.count
+    needed = (len(tokens.real_T), slots(config.gating, experts))
+    expert_TK, keep_TK = torch.as_tensor(replay.expert), torch.as_tensor(replay.keep)
+    require(tuple(expert_TK.shape) == needed, f"replay.expert has shape {tuple(expert_TK.shape)}; this pass needs {needed}")
+    integer = not (expert_TK.is_floating_point() or expert_TK.is_complex() or expert_TK.dtype == torch.bool)
+    require(integer, f"replay.expert has dtype {expert_TK.dtype}; it must be integer")
+    require(tuple(keep_TK.shape) == needed, f"replay.keep has shape {tuple(keep_TK.shape)}, replay.expert {needed}")
+    require(keep_TK.dtype == torch.bool, f"replay.keep has dtype {keep_TK.dtype}; it must be bool")
     require(tuple(replay.load.shape) == (experts,), f"replay.load has shape {tuple(replay.load.shape)}; the layer has {experts} experts")
-    if checks_values() and shape[0]:
-        low, high = int(replay.expert.min()), int(replay.expert.max())
+    if checks_values() and expert_TK.numel():
+        low, high = int(expert_TK.min()), int(expert_TK.max())
         require(low >= 0 and high < experts, f"replay.expert has ids {low} … {high}; the layer has {experts} experts")
+        kept_pads = (keep_TK.to(tokens.real_T.device).any(1) & ~tokens.real_T).nonzero().flatten()
+        require(len(kept_pads) == 0, f"replay keeps assignments of padding, in tokens {kept_pads[:5].tolist()}")
 
 
-def _decide(
-    scores_TE: Tensor, correction_bias: Tensor | None, config: MoEConfig, tokens: TokenInfo, draws: Draws, *, training: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All discrete decisions of a pass: (expert [T, K], picked before the drop [T, K], kept after it [T, K])."""
-    expert_TK, picked_TK = choose(scores_TE, correction_bias, config.gating, tokens)
-    gate_TK = gates_forward(scores_TE, expert_TK, config.gating)
+def router_logits_forward(x_TD: Tensor, params: Params, config: ScoresConfig, draws: Draws, *, training: bool) -> tuple[Tensor, Noisy]:
+    """(logits [T, E], with their noise): norm → input noise → linear → softcap → logit noise; noise in training only."""
+    input_noise, logit_noise = (config.noise, config.logit_noise) if training else ("none", "none")
+    noisy_TD = INPUT_NOISE[input_noise](INPUT_NORMS[config.input_norm](x_TD), config.noise_scale, draws)
+    logits_TE = softcap_forward(logits_forward(noisy_TD, params["router.weight"], params.get("router.bias")), config.softcap)
+    return logits_TE, LOGIT_NOISE[logit_noise](logits_TE, noisy_TD, params.get("router.noise_weight"), draws)
+
+
+class Decision(NamedTuple):
+    """All discrete results of a pass: what the router chose and which of it exists, where each went after the drop, and the load chosen."""
+
+    chosen_TK: Tensor
+    picked_TK: Tensor
+    expert_TK: Tensor
+    keep_TK: Tensor
+    load_E: Tensor
+
+
+def keep_wanted(
+    chosen_TK: Tensor, gate_TK: Tensor, picked_TK: Tensor, slots_B: Tensor | None, config: MoEConfig, tokens: TokenInfo, draws: Draws,
+    *, training: bool,
+) -> Placed:  # fmt: skip
+    """What follows a choice: second choice, drop (slots_B None: there is room for all), recycling."""
     rule = config.gating.second_choice if training else "always"
-    wanted_TK = picked_TK & SECOND_CHOICES[rule](gate_TK, draws)
-    if config.capacity.formula == "none":  # a queue never outgrows its group, so there is nothing to count and no size to ask for
-        return expert_TK, picked_TK, wanted_TK
-    slots_B = group_capacity(config.capacity, config.gating.top_k, config.experts.count, tokens, training=training)
-    return expert_TK, picked_TK, keep_within_capacity(expert_TK, gate_TK, wanted_TK, slots_B, config.capacity.order, tokens)
+    wanted_TK = picked_TK & SECOND_CHOICES[rule](gate_TK, config.gating, draws)
+    if slots_B is None:
+        return Placed(chosen_TK, wanted_TK)
+    order_N = queue_order(gate_TK, config.capacity.order, draws, training=training)
+    placed = Placed(chosen_TK, keep_within_capacity(chosen_TK, wanted_TK, slots_B, order_N, tokens))
+    return recycle(placed, wanted_TK, slots_B, config, tokens, draws) if training else placed
 
 
-def _replayed(replay: Any, tokens: TokenInfo, config: MoEConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(expert, picked, keep, load) of an earlier pass, whose arrays may be NumPy's or tensors."""
-    check_replay(replay, len(tokens.real_T), config)
+def _decide(scores_TE: Tensor, bias: Tensor | None, config: MoEConfig, tokens: TokenInfo, context: ChoiceContext) -> Decision:
+    """Choice, second choice, drop, recycling."""
+    training, draws = context.training, context.draws
+    limited = config.capacity.formula != "none"  # else a queue never outgrows its group: nothing to count and no size to ask for
+    slots_B = group_capacity(config.capacity, config.gating.top_k, config.experts.count, tokens, training=training) if limited else None
+    chosen_TK, picked_TK = choose(scores_TE, bias, config.gating, tokens, context._replace(slots_B=slots_B))
+    gate_TK = gates_forward(scores_TE, chosen_TK, config.gating)
+    expert_TK, keep_TK = keep_wanted(chosen_TK, gate_TK, picked_TK, slots_B, config, tokens, draws, training=training)
+    load_E = tokens.total(count_load(chosen_TK, picked_TK, config.experts.count))
+    return Decision(chosen_TK, picked_TK, expert_TK, keep_TK, load_E)
+
+
+def _replayed(
+    replay: Any, scores_TE: Tensor, bias: Tensor | None, config: MoEConfig, tokens: TokenInfo, context: ChoiceContext
+) -> Decision:
+    """The decisions of an earlier pass, whose arrays may be NumPy's or tensors."""
+    check_replay(replay, tokens, config)
     device = tokens.real_T.device
     expert_TK, keep_TK, load_E = (torch.as_tensor(field, device=device) for field in (replay.expert, replay.keep, replay.load))
-    return expert_TK, tokens.real_T[:, None].expand(expert_TK.shape), keep_TK, load_E
+    if config.capacity.recycle != "none":  # the record holds where a token went, not what the router had chosen for it
+        return Decision(*choose(scores_TE, bias, config.gating, tokens, context), expert_TK, keep_TK, load_E)
+    picked_TK = keep_TK if NUMPY_CHOICES[config.gating.choice].every_expert else tokens.real_T[:, None].expand(expert_TK.shape)
+    return Decision(expert_TK, picked_TK, expert_TK, keep_TK, load_E)
 
 
 def route_forward(
@@ -107,23 +157,27 @@ def route_forward(
 
     In a replay the decisions and draws are those of the earlier pass; everything continuous is computed anew and has its gradient.
     """
+    gating = config.gating
     with without_autocast(x_TD.device):
         draws = Draws(rng, None if replay is None else replay.draws)
-        noisy_TD = INPUT_NOISE[config.scores.noise if training else "none"](x_TD, config.scores.noise_scale, draws)
-        logits_TE = logits_forward(noisy_TD, params["router.weight"], params.get("router.bias"))
+        logits_TE, noise = router_logits_forward(x_TD, params, config.scores, draws, training=training)
         function = SCORE_FUNCTIONS[config.scores.function]
-        scores_TE = function.forward(logits_TE)
+        scores_TE = function.forward(noise.noisy_TE)
         probability_TE = function.probability_forward(scores_TE)
-        if replay is None:
-            bias = params.get("router.correction_bias") if config.gating.correction_bias else None
-            expert_TK, picked_TK, keep_TK = _decide(scores_TE.detach(), bias, config, tokens, draws, training=training)
-            load_E = count_load(expert_TK, picked_TK, config.experts.count)
-        else:
-            expert_TK, picked_TK, keep_TK, load_E = _replayed(replay, tokens, config)
-        gate_TK = gates_forward(scores_TE, expert_TK, config.gating).masked_fill(~keep_TK, 0)
-        inputs = LossInputs(logits_TE, scores_TE, probability_TE, expert_TK, picked_TK, tokens)
+        bias = params.get("router.correction_bias") if gating.correction_bias else None
+        seen = (noise.noisy_TE.detach(), probability_TE.detach())
+        context = ChoiceContext(*seen, None, params.get("router.hash_table"), draws, training)
+        decided = (scores_TE.detach(), bias, config, tokens, context)
+        decision = _decide(*decided) if replay is None else _replayed(replay, *decided)
+        chosen_TK, picked_TK, expert_TK, keep_TK, load_E = decision
+        gate_TK = gates_forward(scores_TE, expert_TK, gating, survivors(keep_TK) if gating.after_drop else None)
+        if gating.expert_scale:
+            gate_TK = expert_scale_forward(gate_TK, expert_TK, params["router.expert_scale"])
+        sizes = (gating.top_k, gating.groups, gating.top_groups)
+        inputs = LossInputs(logits_TE, scores_TE, probability_TE, chosen_TK, picked_TK, tokens, gate_TK, noise, *sizes)
         losses = {name: LOSSES[name](inputs) for name, _ in config.balance.losses} if training else {}
         importance_E = mean_probability(probability_TE, tokens)
+        gate_TK = gate_TK.masked_fill(~keep_TK, 0)
     return Routing(expert_TK, gate_TK, keep_TK, load_E, importance_E, logits_TE, scores_TE, draws.taken), losses
 
 
@@ -145,8 +199,11 @@ def route(
 def apply_experts_forward(x_TD: Tensor, routing: Routing, params: Params, config: MoEConfig) -> Tensor:
     """Dispatch, routed experts, combine, for a given routing: y [T, D] in the dtype of x, summed in the gates' fp32 or better."""
     rows_ND, dispatch = dispatch_forward(x_TD, routing.expert, routing.keep, config.experts.count)
+    gate_TK = routing.gate
+    if config.experts.gate_inputs:
+        rows_ND, gate_TK = gate_rows_forward(rows_ND, gate_TK, dispatch), torch.ones_like(gate_TK)
     out_ND = experts_forward(rows_ND, dispatch.bounds_P, params, config.experts)
-    return combine_forward(out_ND, routing.gate, dispatch).to(x_TD.dtype)
+    return combine_forward(out_ND, gate_TK, dispatch).to(x_TD.dtype)
 
 
 def apply_experts(x_TD: Tensor, routing: Routing, params: Params, config: MoEConfig) -> Tensor:
@@ -156,6 +213,19 @@ def apply_experts(x_TD: Tensor, routing: Routing, params: Params, config: MoECon
     return apply_experts_forward(x_TD, routing, params, config)
 
 
+def loss_weights(config: MoEConfig, penalty: Tensor | None) -> dict[str, Any]:
+    """The weight of each loss in the total, by name: those of the config, gate_l1's multiplied by the penalty [1]."""
+    return {name: weight * penalty[0].double() if name == "gate_l1" else weight for name, weight in config.balance.losses}
+
+
+def update_penalty(penalty: Tensor, load_E: Tensor, tokens: int, config: MoEConfig) -> Tensor:
+    """The penalty [1] after one optimizer step (penalty-update): load [E] and tokens over all micro-batches and ranks."""
+    experts = config.experts.count
+    require(tuple(load_E.shape) == (experts,), f"load has shape {tuple(load_E.shape)}; the layer has {experts} experts")
+    step = torch.sign(load_E.sum() - tokens * config.gating.top_k).double()
+    return (penalty * config.balance.penalty_rate**step).to(penalty.dtype)
+
+
 def update_bias(correction_bias: Tensor, load_E: Tensor, config: MoEConfig) -> Tensor:
     """The correction bias [E] after one optimizer step, by config.balance's rule; load [E] summed over micro-batches and ranks."""
     require(load_E.shape == correction_bias.shape, f"load has shape {tuple(load_E.shape)}; the bias has {tuple(correction_bias.shape)}")
@@ -163,15 +233,15 @@ def update_bias(correction_bias: Tensor, load_E: Tensor, config: MoEConfig) -> T
 
 
 class Part(nn.Module):
-    """The tensors of one part of the layer. Its buffers stay fp32 whatever the parameters are cast to: a bias moves by steps of 0.001."""
+    """The tensors of one part of the layer. Its buffers keep their dtype whatever the parameters are cast to: a bias moves by 0.001."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Part:
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != torch.float32:
-                self._buffers[name] = torch.empty_like(new, dtype=torch.float32) if old.is_meta else old.to(new.device, torch.float32)
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = torch.empty_like(new, dtype=old.dtype) if old.is_meta else old.to(new.device, old.dtype)
         return self
 
 
@@ -192,16 +262,20 @@ class MoE(nn.Module):
             if not hasattr(self, part):
                 self.add_module(part, Part())
             if name in BUFFERS:
-                self.get_submodule(part).register_buffer(leaf, torch.empty(shape, device=device, dtype=torch.float32))
+                self.get_submodule(part).register_buffer(leaf, torch.empty(shape, device=device, dtype=BUFFER_DTYPES[STARTS[name].dtype]))
             else:
                 self.get_submodule(part).register_parameter(leaf, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh parameters by the rule of `reference.init_params`: matrices from N(0, 1/fan-in), biases 0."""
+        """Draw fresh parameters by the rule of `reference.init_params`: matrices from N(0, 1/fan-in), biases 0, and its exceptions."""
         for name, tensor in self.tensors().items():
-            if name.endswith("bias"):
+            if name in STARTS:
+                seed = int(torch.randint(2**31, (), generator=generator)) if name in DRAWN else 0
+                array = STARTS[name].draw(tuple(tensor.shape), self.config, np.random.default_rng(seed))
+                tensor.copy_(torch.from_numpy(array))
+            elif name.endswith("bias"):
                 tensor.zero_()
             else:
                 tensor.normal_(0, tensor.shape[-1] ** -0.5, generator=generator)
@@ -217,6 +291,21 @@ class MoE(nn.Module):
     def apply_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """`apply_experts_forward` with the module's parameters."""
         return apply_experts_forward(x_TD, routing, self.tensors(), self.config)
+
+    def apply_all_experts(self, x_TD: Tensor, routing: Routing, real_T: Tensor) -> Tensor:
+        """The routed and the shared experts together, y [T, D]; the shared ones' output is 0 where real [T] is False."""
+        y_TD = self.apply_experts(x_TD, routing)
+        return self.add_shared(y_TD, self.apply_shared(x_TD), real_T) if self.config.experts.shared else y_TD
+
+    def apply_shared(self, x_TD: Tensor) -> Shared:
+        """`weighed_shared` with the module's parameters."""
+        return weighed_shared(x_TD, self.tensors(), self.config.experts)
+
+    @staticmethod
+    def add_shared(y_TD: Tensor, shared: Shared, real_T: Tensor) -> Tensor:
+        """The sum in the dtype of y; padding gets nothing."""
+        routed_TD = y_TD if shared.routed_T is None else y_TD * shared.routed_T.masked_fill(~real_T, 0)[:, None]
+        return (routed_TD + shared.out_TD.masked_fill(~real_T[:, None], 0)).to(y_TD.dtype)
 
     def forward(
         self, x: Tensor, *, token_ids: Tensor | None = None, group_ids: Tensor | None = None,
@@ -234,11 +323,9 @@ class MoE(nn.Module):
         tokens = token_info(x.shape[:-1], token_ids, group_ids, pad_mask, device=x.device)
         x_TD = x.flatten(0, -2)
         routing, losses = self.route_tokens(x_TD, tokens, replay)
-        y_TD = self.apply_experts(x_TD, routing)
-        if self.config.experts.shared:
-            shared_TD = shared_forward(x_TD, self.tensors(), self.config.experts)
-            y_TD = (y_TD + shared_TD.masked_fill(~tokens.real_T[:, None], 0)).to(x.dtype)
-        weighted = [weight * losses[name] for name, weight in self.config.balance.losses if name in losses]
+        y_TD = self.apply_all_experts(x_TD, routing, tokens.real_T)
+        weights = loss_weights(self.config, self.tensors().get("router.penalty"))
+        weighted = [(weights[name] * value).to(value.dtype) for name, value in losses.items()]
         loss = torch.stack(weighted).sum() if weighted else routing.gate.new_zeros(())
         return y_TD.reshape(x.shape), Aux(loss, losses, routing)
 
@@ -253,6 +340,17 @@ class MoE(nn.Module):
         if self.config.gating.correction_bias:
             bias = self.get_buffer("router.correction_bias")
             bias.copy_(update_bias(bias, load.to(bias.device), self.config))
+
+    @torch.no_grad()
+    def update_penalty(self, load: Tensor, tokens: int) -> None:
+        """Move the penalty of the loss gate_l1, once per optimizer step; nothing happens where the layer has none.
+
+        load [E]: aux.routing.load, summed over the micro-batches and ranks of the step; tokens: how many real tokens these had.
+        Raises ValueError for a load of another shape.
+        """
+        if "gate_l1" in dict(self.config.balance.losses):
+            penalty = self.get_buffer("router.penalty")
+            penalty.copy_(update_penalty(penalty, load.to(penalty.device), tokens, self.config))
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""

@@ -19,6 +19,25 @@ def logits_forward(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return nn.functional.linear(at_least_fp32(x_TD), at_least_fp32(weight), None if bias is None else at_least_fp32(bias))
 
 
+def no_norm_forward(x_TD: Tensor) -> Tensor:
+    """The input as it is."""
+    return x_TD
+
+
+def rms_norm_forward(x_TD: Tensor) -> Tensor:
+    """The router's input with an RMS of 1 (router-norm): [T, D] → [T, D] in fp32 or better."""
+    x_TD = at_least_fp32(x_TD)
+    return x_TD / torch.sqrt(x_TD.square().mean(1, keepdim=True) + 1e-6)
+
+
+INPUT_NORMS: dict[str, Callable[[Tensor], Tensor]] = {"none": no_norm_forward, "rms": rms_norm_forward}
+
+
+def softcap_forward(logits_TE: Tensor, cap: float) -> Tensor:
+    """Logits bent into (−c, c) (softcap); c = 0 leaves them alone."""
+    return logits_TE if cap == 0 else torch.tanh(logits_TE / cap) * cap
+
+
 def jitter(x_TD: Tensor, scale: float, draws: Draws) -> Tensor:
     """Switch's jitter (jitter) on the router's copy of the input: [T, D] → [T, D] in fp32 or better, where a factor near 1 survives."""
     x_TD = at_least_fp32(x_TD)
@@ -44,6 +63,18 @@ def sigmoid_forward(logits_TE: Tensor) -> Tensor:
     return torch.sigmoid(logits_TE)
 
 
+def sqrt_softplus_forward(logits_TE: Tensor) -> Tensor:
+    """√log(1 + exp z) (score-sqrt-softplus): [T, E] → [T, E]; the gradient of a score that underflowed to 0 is 0, not 0/0."""
+    inner_TE = torch.logaddexp(logits_TE, logits_TE.new_zeros(()))
+    alive_TE = inner_TE > 0
+    return torch.where(alive_TE, torch.where(alive_TE, inner_TE, 1).sqrt(), 0)
+
+
+def relu_score_forward(logits_TE: Tensor) -> Tensor:
+    """max(z, 0) (score-relu): [T, E] → [T, E]."""
+    return torch.relu(logits_TE)
+
+
 def identity_forward(logits_TE: Tensor) -> Tensor:
     """The logits themselves (score-identity)."""
     return logits_TE
@@ -64,5 +95,7 @@ class ScoreFunction(NamedTuple):
 SCORE_FUNCTIONS: dict[str, ScoreFunction] = {
     "softmax": ScoreFunction(softmax_forward, identity_forward),
     "sigmoid": ScoreFunction(sigmoid_forward, share_forward),
+    "sqrt_softplus": ScoreFunction(sqrt_softplus_forward, share_forward),
+    "relu": ScoreFunction(relu_score_forward, share_forward),
     "identity": ScoreFunction(identity_forward, softmax_forward),
 }

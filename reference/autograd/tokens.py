@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import require
+from ..tokens import TokenInfo as HostTokens
+
+
+def as_it_is(sum_over_tokens: Tensor) -> Tensor:
+    """The total of a batch that is all here."""
+    return sum_over_tokens
 
 
 class TokenInfo(NamedTuple):
     """Facts about the T tokens of a pass; the fields of `reference.tokens.TokenInfo`, and:
 
-    sizes   real tokens of each group where the host knows them without asking the device (no group ids, no padding), else None
+    length  real tokens of each group where the host knows them without asking the device (no group ids, no padding), else None
+    total   a sum over these tokens → the sum over all tokens of the batch, which may be spread over ranks; groups never are
     """
 
     group_T: Tensor
     groups: int
     real_T: Tensor
     token_ids_T: Tensor | None
-    sizes: tuple[int, ...] | None
+    length: int | None
+    total: Callable[[Tensor], Tensor] = as_it_is
 
     def real_per_group(self) -> Sequence[int]:
-        """Number of real tokens in each group, on the host; waits for the device where `sizes` is None."""
-        return count_per_group(self.group_T, self.real_T, self.groups).tolist() if self.sizes is None else self.sizes
+        """Number of real tokens in each group, on the host; waits for the device where `length` is None."""
+        return count_per_group(self.group_T, self.real_T, self.groups).tolist() if self.length is None else [self.length] * self.groups
 
 
 def count_per_group(group_T: Tensor, real_T: Tensor, groups: int) -> Tensor:
@@ -59,17 +69,16 @@ def token_info(
     for name, given in (("token_ids", token_ids), ("group_ids", group_ids), ("pad_mask", pad_mask)):
         if given is not None:
             _check(name, given, shape, boolean=name == "pad_mask")
-    tokens, length = shape.numel(), shape[-1]
+    tokens, length = math.prod(shape), shape[-1]  # Size.numel would turn a symbolic size into a number
     if group_ids is not None:
         present, group_T = torch.unique(group_ids.flatten(), return_inverse=True)
-        groups, sizes = len(present), None
+        groups = len(present)
     else:
-        groups = min(tokens, 1) if len(shape) == 1 else shape[:-1].numel()
+        groups = min(tokens, 1) if len(shape) == 1 else math.prod(shape[:-1])
         group_T = torch.arange(tokens, device=device) // max(length, 1)
-        sizes = (length,) * groups
     real_T = torch.ones(tokens, dtype=torch.bool, device=device) if pad_mask is None else ~pad_mask.flatten()
     ids_T = None if token_ids is None else token_ids.flatten()
-    return TokenInfo(group_T, groups, real_T, ids_T, sizes if pad_mask is None else None)
+    return TokenInfo(group_T, groups, real_T, ids_T, length if group_ids is None and pad_mask is None else None)
 
 
 class Draws:
@@ -94,6 +103,24 @@ class Draws:
             require(found.shape == shape, f"replay holds draws {name!r} of shape {tuple(found.shape)}; this pass needs {tuple(shape)}")
             self.taken[name] = found
         return self.taken[name]
+
+
+def on_host(tokens: TokenInfo) -> HostTokens:
+    """The same facts as arrays, for what the NumPy level decides; waits for the device."""
+    ids_T = None if tokens.token_ids_T is None else tokens.token_ids_T.cpu().numpy()
+    return HostTokens(tokens.group_T.cpu().numpy(), tokens.groups, tokens.real_T.cpu().numpy(), ids_T)
+
+
+class HostDraws:
+    """Stands where `reference.tokens.Draws` stands and hands out arrays of what a `Draws` of tensors draws, replays and records."""
+
+    def __init__(self, draws: Draws, like: Tensor) -> None:
+        self.draws = draws
+        self.like = like
+
+    def uniform(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """`Draws.uniform`, as an array."""
+        return self.draws.uniform(name, torch.Size(shape), self.like).cpu().numpy()
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:

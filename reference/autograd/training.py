@@ -232,6 +232,7 @@ def optimizer_step(run: Run, step: int, windows: np.ndarray) -> StepResult:
             group["lr"] = learning_rate(config, step)
         run.optimizer.step()
         model.update_bias(load)
+        model.update_penalty(load, windows[:, 1:].size)
     loss, ce = np.mean(losses, axis=0).tolist()
     return StepResult(loss, ce, load, kept, norm.item(), skipped)
 

@@ -207,6 +207,7 @@ def _check_trainable(config: ModelConfig) -> None:
     limit = "reference.autograd trains decoders with grouped-query attention only"
     require(config.attention.kind == "gqa", f"attention.kind is {config.attention.kind!r}; {limit}")
     require(config.encoder_layers == 0, f"encoder_layers is {config.encoder_layers}; {limit}")
+    require(not config.extra_dense, "extra_dense is True; the model that trains has one FFN in each layer")
     require(
         config.attention.relative_buckets == 0, f"attention.relative_buckets is {config.attention.relative_buckets}; positions are rotary"
     )
@@ -274,6 +275,11 @@ class LanguageModel(nn.Module):
         """Move every MoE layer's correction bias once: load maps the layer's number to its load [E], summed over all micro-batches."""
         for number, moe in self.moe_layers().items():
             moe.update_bias(load[number])  # type: ignore[operator]
+
+    def update_penalty(self, load: Mapping[int, Tensor], tokens: int) -> None:
+        """Move every MoE layer's penalty once, where it has one; tokens: how many the loads were counted over."""
+        for number, moe in self.moe_layers().items():
+            moe.update_penalty(load[number], tokens)  # type: ignore[operator]
 
     def _context(self, tokens_BS: Tensor, pad_mask_BS: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Context]:
         config, length, past = self.config, tokens_BS.shape[1], cache.length if cache is not None else 0

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..capacity import group_capacity, keep_within_capacity, per_assignment, per_token, position_in_expert
+from ..capacity import choice_major, group_capacity, keep_within_capacity, per_assignment, per_token, position_in_expert
 from ..config import CapacityConfig
-from ..tokens import token_info
+from ..tokens import Draws, token_info
 from .equal import round_to
 from .exhibit import Bug, expect
 
@@ -75,7 +75,8 @@ def keep_choice_major(
     tokens = token_info(len(expert_TK), group_ids=group_ids, pad_mask=pad_mask)
     real_TK = np.repeat(tokens.real_T[:, None], expert_TK.shape[1], axis=1)
     wanted_TK = real_TK if wanted_TK is None else real_TK & wanted_TK
-    return keep_within_capacity(expert_TK, np.ones(expert_TK.shape), wanted_TK, np.full(tokens.groups, capacity), "choice_major", tokens)
+    order_N = choice_major(np.ones(expert_TK.shape), Draws(None))
+    return keep_within_capacity(expert_TK, wanted_TK, np.full(tokens.groups, capacity), order_N, tokens)
 
 
 def second_choices_from_zero(expert_TK: np.ndarray, capacity: int) -> np.ndarray:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..balancing import sign_bias_update
+from ..choices import choose
 from ..config import GatingConfig
-from ..gating import choose, gates_backward, gates_forward, group_top2_sum, limit_to_groups, sum_normalizer_forward, top_k
+from ..gating import gates_backward, gates_forward, group_top2_sum, limit_to_groups, sum_normalizer_forward, top_k
 from ..scores import jitter, logits_forward, softmax_forward
 from ..tokens import Draws, token_info
 from .equal import round_to

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..balancing import LossInputs, coefficient_of_variation, count_load, expert_balance_forward, router_z_forward
+from ..choices import choose
 from ..config import GatingConfig
-from ..gating import choose_top_k, top_k
+from ..gating import top_k
 from ..scores import softmax_forward
 from ..tokens import token_info
 from .exhibit import Bug, expect
@@ -20,7 +21,7 @@ def loss_inputs(logits_TE: np.ndarray, slots: int, pad_mask: np.ndarray | None =
     """What a balance loss sees of a softmax router with these logits."""
     tokens = token_info(len(logits_TE), pad_mask=pad_mask)
     scores_TE, _ = softmax_forward(logits_TE)
-    expert_TK, picked_TK = choose_top_k(scores_TE, GatingConfig(top_k=slots), tokens)
+    expert_TK, picked_TK = choose(scores_TE, None, GatingConfig(top_k=slots), tokens)
     return LossInputs(logits_TE, scores_TE, scores_TE, expert_TK, picked_TK, tokens)
 
 
