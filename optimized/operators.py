@@ -93,7 +93,14 @@ def apply_operator(operator: Any, x_TD: Tensor, routing: Routing, params: Mappin
     weights = [params.get(key) for key in ffn_keys("experts", config.experts)]
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TD, routing.gate, *weights))
     cast = [tensor if tensor is None else tensor.to(dtype) for tensor in weights]
-    return operator(x_TD, routing.expert, routing.gate, routing.keep, *cast, config.experts.activation, needs_gradient)[0]
+    x, expert, gate, keep = x_TD, routing.expert, routing.gate, routing.keep
+    if config.experts.gate_inputs:  # each assignment becomes a token of its own, whose gate is in its input (gate-input)
+        x = (x_TD[:, None] * gate[..., None]).to(x_TD.dtype).flatten(0, 1)
+        expert, gate, keep = expert.reshape(-1, 1), torch.ones_like(gate).reshape(-1, 1), keep.reshape(-1, 1)
+    out = operator(x, expert, gate, keep, *cast, config.experts.activation, needs_gradient)[0]
+    if config.experts.gate_inputs:
+        return out.view(*routing.expert.shape, x_TD.shape[1]).sum(1, dtype=routing.gate.dtype).to(x_TD.dtype)
+    return out
 
 
 def compute_dtype(x_TD: Tensor) -> torch.dtype:

@@ -56,6 +56,19 @@ def _qwen3(config: MoEConfig, tokens: int) -> dict[str, Any]:
     return _olmoe(config, tokens) | dict(moe_intermediate_size=config.experts.width, head_dim=2)
 
 
+def _qwen2(config: MoEConfig, tokens: int) -> dict[str, Any]:
+    experts = config.experts
+    return _olmoe(config, tokens) | dict(moe_intermediate_size=experts.width, shared_expert_intermediate_size=experts.total_shared_width)
+
+
+def _gpt_oss(config: MoEConfig, tokens: int) -> dict[str, Any]:
+    return _mixtral(config, tokens) | dict(head_dim=2)
+
+
+def _llama4(config: MoEConfig, tokens: int) -> dict[str, Any]:
+    return _mixtral(config, tokens) | dict(intermediate_size_mlp=config.experts.width, head_dim=2, interleave_moe_layer_step=1)
+
+
 def _deepseek(config: MoEConfig, tokens: int) -> dict[str, Any]:
     experts, gating = config.experts, config.gating
     return _base_settings(config, tokens) | dict(
@@ -85,18 +98,54 @@ def _switch(config: MoEConfig, tokens: int) -> dict[str, Any]:
 
 
 def _gate_block(block: Any, pick: Pick) -> dict[str, torch.Tensor]:
-    """Our names for the weights of every family but Switch."""
-    import torch
-
+    """Our names for the weights of most families."""
     named = {
         "router.weight": pick(block.gate.weight),
         "experts.gate_up_proj": pick(block.experts.gate_up_proj),
         "experts.down_proj": pick(block.experts.down_proj),
     }
     if shared := getattr(block, "shared_experts", None):
-        named["shared.gate_up_proj"] = torch.cat([pick(shared.gate_proj.weight), pick(shared.up_proj.weight)])
-        named["shared.down_proj"] = pick(shared.down_proj.weight)
+        named |= _shared(shared, pick)
     return named
+
+
+def _shared(network: Any, pick: Pick) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {
+        "shared.gate_up_proj": torch.cat([pick(network.gate_proj.weight), pick(network.up_proj.weight)]),
+        "shared.down_proj": pick(network.down_proj.weight),
+    }
+
+
+def _qwen2_block(block: Any, pick: Pick) -> dict[str, torch.Tensor]:
+    """Our names for the weights of Qwen2-MoE, whose shared experts have a gate."""
+    return _gate_block(block, pick) | _shared(block.shared_expert, pick) | {"shared.gate": pick(block.shared_expert_gate.weight)}
+
+
+def _gpt_oss_block(block: Any, pick: Pick) -> dict[str, torch.Tensor]:
+    """Our names for the weights of gpt-oss: its matrices are [in, out], its gate and up columns alternate, everything has a bias."""
+    from reference.autograd.experts import concatenate_gate_up
+
+    router, experts = block.router, block.experts
+    return {
+        "router.weight": pick(router.weight),
+        "router.bias": pick(router.bias),
+        "experts.gate_up_proj": concatenate_gate_up(pick(experts.gate_up_proj).transpose(1, 2)),
+        "experts.gate_up_proj_bias": concatenate_gate_up(pick(experts.gate_up_proj_bias)),
+        "experts.down_proj": pick(experts.down_proj).transpose(1, 2),
+        "experts.down_proj_bias": pick(experts.down_proj_bias),
+    }
+
+
+def _llama4_block(block: Any, pick: Pick) -> dict[str, torch.Tensor]:
+    """Our names for the weights of Llama 4, whose experts' matrices are [in, out]."""
+    return {
+        "router.weight": pick(block.router.weight),
+        "experts.gate_up_proj": pick(block.experts.gate_up_proj).transpose(1, 2),
+        "experts.down_proj": pick(block.experts.down_proj).transpose(1, 2),
+        **_shared(block.shared_expert, pick),
+    }
 
 
 def _switch_block(block: Any, pick: Pick) -> dict[str, torch.Tensor]:
@@ -121,12 +170,16 @@ class Oracle(NamedTuple):
 
 MIXTRAL = Oracle("mixtral", "MixtralSparseMoeBlock", _mixtral, _gate_block)
 OLMOE = Oracle("olmoe", "OlmoeSparseMoeBlock", _olmoe, _gate_block)
+QWEN2_MOE = Oracle("qwen2_moe", "Qwen2MoeSparseMoeBlock", _qwen2, _qwen2_block)
+GPT_OSS = Oracle("gpt_oss", "GptOssMLP", _gpt_oss, _gpt_oss_block)
+LLAMA4 = Oracle("llama4_text", "Llama4TextMoe", _llama4, _llama4_block)
 QWEN3_MOE = Oracle("qwen3_moe", "Qwen3MoeSparseMoeBlock", _qwen3, _gate_block)
 DEEPSEEK_V2 = Oracle("deepseek_v2", "DeepseekV2Moe", _deepseek_v2, _gate_block)
 DEEPSEEK_V3 = Oracle("deepseek_v3", "DeepseekV3MoE", _deepseek_v3, _gate_block)
 SWITCH = Oracle("switch_transformers", "SwitchTransformersSparseMLP", _switch, _switch_block)
 
-# DeepSeekMoE has no class in transformers; DeepSeek-V2's without its device limit is the same layer. GShard and dense have none.
+# DeepSeekMoE has no class in transformers; DeepSeek-V2's without its device limit is the same layer. GShard and dense have none, and
+# that of Switch knows no GEGLU.
 ORACLES: Mapping[str, Oracle] = {
     "switch-base-128": SWITCH,
     "switch-c-2048": SWITCH,
@@ -142,6 +195,12 @@ ORACLES: Mapping[str, Oracle] = {
     "deepseek-v2-lite": DEEPSEEK_V2,
     "deepseek-v3": DEEPSEEK_V3,
     "deepseek-r1": DEEPSEEK_V3,
+    "qwen1.5-moe-a2.7b": QWEN2_MOE,
+    "qwen2-57b-a14b": QWEN2_MOE,
+    "gpt-oss-120b": GPT_OSS,
+    "gpt-oss-20b": GPT_OSS,
+    "llama4-scout": LLAMA4,
+    "llama4-maverick": LLAMA4,
 }
 
 
@@ -192,11 +251,13 @@ def run(
     import torch
 
     block = build(name, config, sequence=x_BSD.shape[1], seed=seed).double()
+    _fill_biases(block, seed)
     if correction_bias is not None:
         block.gate.e_score_correction_bias.copy_(torch.from_numpy(correction_bias))
     x = torch.from_numpy(x_BSD).requires_grad_()
     with nullcontext() if native_router else _double():
         y = block(x)
+    y = (y[0] if isinstance(y, tuple) else y).reshape(x.shape)  # some blocks return their router's results too
     y.backward(torch.from_numpy(dy_BSD))
     named = ORACLES[name].named
     params = {key: value.numpy().astype(np.float64) for key, value in named(block, lambda w: w.detach()).items()}
@@ -208,6 +269,16 @@ def run(
     rows = x_BSD.shape[0] * x_BSD.shape[1]
     gradients["dx"] = x.grad.numpy().reshape(rows, config.d_model)
     return OracleResult(params, y.detach().numpy().reshape(rows, config.d_model), gradients)
+
+
+def _fill_biases(block: Any, seed: int) -> None:
+    """Normal biases where the initialisation leaves zeros, so that a forgotten one is seen."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in block.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.3, generator=generator)
 
 
 def _gradient(weight: torch.Tensor) -> torch.Tensor:

@@ -37,13 +37,18 @@ class Errors(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Inputs of one pass: x and the cotangent dy [T, D], parameters, each token's group, and which tokens are padding."""
+    """Inputs of one pass: x and the cotangent dy [T, D], parameters, each token's group and id, and which tokens are padding."""
 
     x_TD: np.ndarray
     dy_TD: np.ndarray
     params: dict[str, np.ndarray]
     group_T: np.ndarray
     pad_T: np.ndarray
+    id_T: np.ndarray
+
+    def facts(self) -> dict[str, np.ndarray]:
+        """What `moe_forward` is told about the tokens."""
+        return {"group_ids": self.group_T, "pad_mask": self.pad_T, "token_ids": self.id_T}
 
 
 def random_bias(config: MoEConfig, rng: np.random.Generator) -> np.ndarray:
@@ -52,14 +57,15 @@ def random_bias(config: MoEConfig, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw(config: MoEConfig, seed: int, *, tokens: int = 60, groups: int = 3, padded: float = 0.15) -> Pass:
-    """Random inputs for a layer: `groups` interleaved groups, a share of padding, biases that are not 0."""
+    """Random inputs for a layer: `groups` interleaved groups, a share of padding, and nothing that starts at 0 left there."""
     rng = np.random.default_rng(seed)
     x_TD, dy_TD = rng.standard_normal((2, tokens, config.d_model))
     params = init_params(config, rng)
     for name in params:
-        if name.endswith("bias"):
-            params[name] = random_bias(config, rng) if name in BUFFERS else rng.normal(0, 0.3, params[name].shape)
-    return Pass(x_TD, dy_TD, params, rng.integers(0, groups, tokens), rng.random(tokens) < padded)
+        if name.endswith(("bias", "noise_weight", "expert_scale")):
+            params[name] = random_bias(config, rng) if name in BUFFERS else params[name] + rng.normal(0, 0.3, params[name].shape)
+    group_T, pad_T = rng.integers(0, groups, tokens), rng.random(tokens) < padded
+    return Pass(x_TD, dy_TD, params, group_T, pad_T, rng.integers(0, max(config.gating.vocabulary, 1), tokens))
 
 
 class _Recorded:
@@ -87,7 +93,7 @@ def _measure(candidate: Mapping[str, Any], truth: Mapping[str, Any]) -> Errors:
 
 def recipe_errors(name: str, config: MoEConfig, inputs: Pass) -> Errors:
     """The recipe of preset `name` against the layer in training, under the layer's own noise: y and every loss."""
-    given: dict[str, Any] = dict(group_ids=inputs.group_T, pad_mask=inputs.pad_T)
+    given: dict[str, Any] = inputs.facts()
     output, _ = moe_forward(inputs.x_TD, inputs.params, config, training=True, rng=np.random.default_rng(0), **given)
     y_TD, losses = run_recipe(name, inputs.x_TD, inputs.params, config, draws=output.routing.draws, **given)
     return _measure({"y": y_TD, **losses}, {"y": output.y, **output.losses})
@@ -106,13 +112,13 @@ def autograd_errors(config: MoEConfig, inputs: Pass, *, training: bool = True) -
     moe = MoE(config, dtype=torch.float64).train(training)
     moe.load_state_dict(params_from_numpy(inputs.params))
     x = torch.tensor(inputs.x_TD, requires_grad=True)
-    y, aux = moe(x, group_ids=torch.tensor(inputs.group_T), pad_mask=torch.tensor(inputs.pad_T))
+    y, aux = moe(x, **{name: torch.tensor(array) for name, array in inputs.facts().items()})
     (y.mul(torch.tensor(inputs.dy_TD)).sum() + aux.loss).backward()
     routing = routing_to_numpy(aux.routing)
 
     output, cache = moe_forward(
         inputs.x_TD, inputs.params, config, training=training,
-        rng=_Recorded(routing.draws.values()), group_ids=inputs.group_T, pad_mask=inputs.pad_T,  # type: ignore[arg-type]
+        rng=_Recorded(routing.draws.values()), **inputs.facts(),  # type: ignore[arg-type]
     )  # fmt: skip
     dx_TD, dparams = moe_backward(inputs.dy_TD, cache)
     fields = ("expert", "gate", "keep", "load", "importance", "logits", "scores")

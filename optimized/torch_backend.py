@@ -20,7 +20,7 @@ from reference.config import MoEConfig, require
 
 from .backends import Backend, register
 from .contracts import contract
-from .experts import ACTIVATIONS
+from .experts import ACTIVATIONS, Activation
 from .operators import apply_operator, experts_operator, weight_gradients
 
 # Elements of the widest temporary of a run of experts: large enough to make Python cheap, small enough that what one step writes the
@@ -94,11 +94,15 @@ def combine(rows_AD: Tensor, order_A: Tensor, tokens: int, dtype: torch.dtype) -
     return F.embedding_bag(place_A.view(tokens, -1), rows_AD.to(dtype), mode="sum")
 
 
+def _functions(activation: str | Activation) -> Activation:
+    return ACTIVATIONS[activation] if isinstance(activation, str) else activation
+
+
 def experts_forward(
     x: Tensor, expert: Tensor, gate: Tensor, keep: Tensor, up: Tensor, down: Tensor,
-    up_bias: Tensor | None, down_bias: Tensor | None, activation: str, save: bool,
+    up_bias: Tensor | None, down_bias: Tensor | None, activation: str | Activation, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, pre, order, bounds) of `operators.FORWARD_SCHEMA`."""
+    """(y, pre, order, bounds) of `operators.FORWARD_SCHEMA`; an activation may also be given as its two functions."""
     order_A, bounds_P = sort_by_expert(expert, keep, len(up))
     ends = bounds_P.tolist()
     token_A, gate_A1 = order_A // max(expert.shape[1], 1), gate.flatten().index_select(0, order_A).unsqueeze(1)
@@ -115,7 +119,7 @@ def experts_forward(
             _times_transposed(rows, up[e], into)
             if up_bias is not None:
                 into += up_bias[e]
-        hidden_NF = ACTIVATIONS[activation].forward(at_least_fp32(own_NM)).mul_(gate_A1[own]).to(up.dtype)
+        hidden_NF = _functions(activation).forward(at_least_fp32(own_NM)).mul_(gate_A1[own]).to(up.dtype)
         own_gates = gate_A1[own].split(run.rows)
         for e, hidden, gates, into in zip(run.experts, hidden_NF.split(run.rows), own_gates, out_AD[own].split(run.rows), strict=True):
             _times_transposed(hidden, down[e], into)
@@ -126,7 +130,7 @@ def experts_forward(
 
 def experts_backward(
     dy: Tensor, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None,
-    pre: Tensor, order: Tensor, bounds: Tensor, activation: str, weights: bool,
+    pre: Tensor, order: Tensor, bounds: Tensor, activation: str | Activation, weights: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The six gradients of `operators.BACKWARD_SCHEMA`.
 
@@ -148,7 +152,7 @@ def experts_backward(
         for e, dout, into in zip(run.experts, dout_ND.split(run.rows), dhidden_NF.split(run.rows), strict=True):
             torch.mm(dout, down[e], out=into)
         dhidden_NF, own_N1 = at_least_fp32(dhidden_NF), gate_A1[own]
-        hidden_NF, dpre_NM = ACTIVATIONS[activation].backward(dhidden_NF * own_N1, at_least_fp32(pre[own]))
+        hidden_NF, dpre_NM = _functions(activation).backward(dhidden_NF * own_N1, at_least_fp32(pre[own]))
         dgate_A[own] = torch.linalg.vecdot(dhidden_NF, hidden_NF)
         _bias_gradients(run, dout_ND, dpre_NM, own_N1, dgate_A[own], down_bias, dup_bias, ddown_bias)
         dpre_NM = dpre_NM.to(dtype)

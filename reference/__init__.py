@@ -14,11 +14,22 @@ from .config import (
     MoEConfig,
     ScoresConfig,
 )
-from .layer import MoEOutput, Routing, apply_experts, init_params, moe_backward, moe_forward, parameter_shapes, route, update_bias
+from .layer import (
+    MoEOutput,
+    Routing,
+    apply_experts,
+    init_params,
+    moe_backward,
+    moe_forward,
+    parameter_shapes,
+    route,
+    update_bias,
+    update_penalty,
+)
 from .model_config import AttentionConfig, ModelConfig
 
 __all__ = [
     "AttentionConfig", "BalanceConfig", "CapacityConfig", "ExpertsConfig", "GatingConfig", "MoEConfig", "MoEOutput", "ModelConfig",
     "Routing", "ScoresConfig", "apply_experts", "init_params", "moe_backward", "moe_forward", "parameter_shapes", "presets", "route",
-    "update_bias",
+    "update_bias", "update_penalty",
 ]  # fmt: skip

@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .config import require
 from .gating import top_k
+from .noise import Noisy, importance_backward, importance_forward, smooth_load_backward, smooth_load_forward
+from .penalty import gate_l1_backward, gate_l1_forward
 from .scores import softmax_forward
 from .tokens import TokenInfo
 
 
 class LossInputs(NamedTuple):
-    """What a balance loss can see; picked_TK are the assignments before the drop."""
+    """What a balance loss can see; picked_TK are the assignments before the drop, gate_TK their gates; noise: that of the logits."""
 
     logits_TE: np.ndarray
     scores_TE: np.ndarray
@@ -25,6 +28,11 @@ class LossInputs(NamedTuple):
     expert_TK: np.ndarray
     picked_TK: np.ndarray
     tokens: TokenInfo
+    gate_TK: np.ndarray | None = None
+    noise: Noisy | None = None
+    top_k: int = 1
+    groups: int = 1
+    top_groups: int = 1
 
 
 def count_load(expert_TK: np.ndarray, picked_TK: np.ndarray, experts: int) -> np.ndarray:
@@ -103,6 +111,68 @@ def sequence_balance_forward(inputs: LossInputs) -> tuple[np.ndarray, BalanceCac
     return _balance_forward(count_BE, tokens.group_T, inputs)
 
 
+def _weighted_forward(frequency_E: np.ndarray, inputs: LossInputs) -> tuple[np.ndarray, BalanceCache]:
+    """Σ_e f_e P_e over all real tokens, for given f."""
+    real_T, probability_TE = inputs.tokens.real_T, inputs.probability_TE
+    weight_TE = (frequency_E * real_T[:, None] / max(int(real_T.sum()), 1)).astype(probability_TE.dtype)
+    return (weight_TE * probability_TE).sum(), BalanceCache(weight_TE)
+
+
+def device_balance_forward(inputs: LossInputs) -> tuple[np.ndarray, BalanceCache]:
+    """DeepSeekMoE's device-level loss (loss-device): L = Σ_g f'_g P'_g over groups of experts that share a device; 1 at even load.
+
+    f'_g is the mean of the group's f_e, P'_g the sum of its P_e: experts of one device may differ as long as the devices do not.
+    Gradient: dp_te = f'_g(e) / T. With one group it is constant and teaches nothing.
+    Source: Dai et al. 2024, eq. 15–17; DeepSeek-V2, eq. 26–28. The groups are those of gating.groups.
+    Deviates: DeepSeek-V2 computes it for each sequence, here over all tokens.
+    """
+    experts = inputs.probability_TE.shape[1]
+    count_E = count_load(inputs.expert_TK, inputs.picked_TK, experts)
+    mean_G = experts * count_E.reshape(inputs.groups, -1).mean(1) / max(count_E.sum(), 1)
+    return _weighted_forward(np.repeat(mean_G, experts // inputs.groups), inputs)
+
+
+def communication_balance_forward(inputs: LossInputs) -> tuple[np.ndarray, BalanceCache]:
+    """DeepSeek-V2's communication loss (loss-communication): L = Σ_g f''_g P'_g, f''_g = G/(M T) · tokens that are sent to group g.
+
+    A token sent to a device crosses once, however many of its experts live there. 1 where every token reaches M devices evenly.
+    Gradient: dp_te = f''_g(e) / T.
+    Source: DeepSeek-V2, eq. 29–31; M is gating.top_groups.
+    Deviates: the paper computes it for each sequence, here over all tokens.
+    """
+    experts, groups, tokens = inputs.probability_TE.shape[1], inputs.groups, max(int(inputs.tokens.real_T.sum()), 1)
+    members = experts // groups
+    group_TK = np.where(inputs.picked_TK, inputs.expert_TK // members, groups)
+    sent_G = np.array([(group_TK == g).any(1).sum() for g in range(groups)])
+    return _weighted_forward(np.repeat(groups * sent_G / (inputs.top_groups * tokens), members), inputs)
+
+
+class GlobalCache(NamedTuple):
+    """share_E: E times the share of each expert in the load."""
+
+    share_E: np.ndarray
+
+
+def global_balance_forward(importance_E: np.ndarray, load_E: np.ndarray) -> tuple[float, GlobalCache]:
+    """The balance loss of one micro-batch against the load of the whole batch (loss-global): L = E Σ_e load_e / Σ load · P_e.
+
+    The mean of it over equally large micro-batches is `expert_balance_forward` of the whole batch, while the mean of their own losses
+    asks every micro-batch, and so every domain of the data, to be even by itself.
+    Shapes: importance [E], `routing.importance` of the micro-batch; load [E], summed over micro-batches and ranks → (value, cache).
+    Gradient: dP_e = E load_e / Σ load; the load is a count and has none.
+    Source: Qiu et al. 2025 (Demons in the Detail), §3.
+    Raises: ValueError for shapes that differ.
+    """
+    require(load_E.shape == importance_E.shape, f"load has shape {load_E.shape}, importance {importance_E.shape}")
+    share_E = len(load_E) * load_E / max(load_E.sum(), 1)
+    return float(share_E @ importance_E), GlobalCache(share_E)
+
+
+def global_balance_backward(dloss: float, cache: GlobalCache) -> np.ndarray:
+    """dimportance [E] of `global_balance_forward`."""
+    return dloss * cache.share_E
+
+
 class RouterZCache(NamedTuple):
     """weight_TE: ∂loss/∂logits."""
 
@@ -139,7 +209,12 @@ LOSSES: dict[str, Loss] = {
     "first_choice_balance": Loss(first_choice_balance_forward, balance_backward),
     "expert_balance": Loss(expert_balance_forward, balance_backward),
     "sequence_balance": Loss(sequence_balance_forward, balance_backward),
+    "device_balance": Loss(device_balance_forward, balance_backward),
+    "communication_balance": Loss(communication_balance_forward, balance_backward),
     "router_z": Loss(router_z_forward, router_z_backward),
+    "importance": Loss(importance_forward, importance_backward),
+    "smooth_load": Loss(smooth_load_forward, smooth_load_backward),
+    "gate_l1": Loss(gate_l1_forward, gate_l1_backward),
 }
 
 
@@ -153,13 +228,39 @@ def sign_bias_update(correction_bias: np.ndarray, load_E: np.ndarray, rate: floa
 
     Shapes: bias [E] (fp32), load [E] over the whole batch, all ranks and all micro-batches → new bias [E], in the bias's dtype.
     Source: Wang et al. 2024, algorithm 1; DeepSeek-V3, §2.1.2.
-    Deviates: torchtitan also subtracts the mean step, which keeps Σ b = 0 and changes no choice.
+    Deviates: torchtitan's is `centered_sign_bias_update`.
     """
     step_E = np.sign(load_E.mean() - load_E)
     return (correction_bias + rate * step_E).astype(correction_bias.dtype)
 
 
-BIAS_RULES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {"none": no_bias_update, "sign": sign_bias_update}
+def centered_sign_bias_update(correction_bias: np.ndarray, load_E: np.ndarray, rate: float) -> np.ndarray:
+    """torchtitan's controller (bias-centered-sign): b_e ← b_e + γ (sign_e − mean of the signs), so that Σ b stays what it was.
+
+    A constant added to all biases changes no choice, but a bias that only grows loses digits. Shapes and dtype as `sign_bias_update`.
+    Source: torchtitan, `components/optimizer`.
+    """
+    step_E = np.sign(load_E.mean() - load_E)
+    return (correction_bias + rate * (step_E - step_E.mean())).astype(correction_bias.dtype)
+
+
+def proportional_bias_update(correction_bias: np.ndarray, load_E: np.ndarray, rate: float) -> np.ndarray:
+    """LongCat-Flash's controller (bias-proportional): b_e ← b_e + μ (1/E − load_e / Σ load); its steps shrink as the load evens out.
+
+    Without any load the bias stays. Shapes and dtype as `sign_bias_update`.
+    Source: LongCat-Flash technical report (Meituan 2025), §2.1.1, with all experts FFNs (K_e = K).
+    Deviates: the report calls it a PID controller; the bias sums proportional steps, so it is the integral term of one.
+    """
+    step_E = 1 / len(load_E) - load_E / max(load_E.sum(), 1)
+    return (correction_bias + rate * step_E * (load_E.sum() > 0)).astype(correction_bias.dtype)
+
+
+BIAS_RULES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+    "none": no_bias_update,
+    "sign": sign_bias_update,
+    "centered_sign": centered_sign_bias_update,
+    "proportional": proportional_bias_update,
+}
 
 
 def max_violation(load_E: np.ndarray) -> float:

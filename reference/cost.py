@@ -1,4 +1,4 @@
-"""What an architecture costs, counted from its config: parameters of a layer and of a model, in total and per token, by component.
+"""What an architecture costs, counted from its config: parameters by component, FLOPs, bytes read, activations, traffic, dense equals.
 
 A component's active parameters are those that one token passes through: everything but the experts that were not chosen. Papers
 differ in whether they count the embedding table, of which a token reads one row, and the head; `sum_parameters` takes either view.
@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
-from .config import ExpertsConfig, MoEConfig, require
+import numpy as np
+
+from .config import BalanceConfig, ExpertsConfig, GatingConfig, MoEConfig, require
+from .experts import ACTIVATIONS
 from .layer import BUFFERS, parameter_shapes
 from .model_config import AttentionConfig, ModelConfig
 
@@ -72,7 +76,19 @@ def latent_parameters(attention: AttentionConfig, d_model: int) -> int:
     return queries + down + keys_values + attention.heads * attention.v_head_dim * d_model
 
 
-ATTENTION: dict[str, Callable[[AttentionConfig, int], int]] = {"gqa": grouped_query_parameters, "mla": latent_parameters}
+def lstm_parameters(attention: AttentionConfig, d_model: int) -> int:
+    """An LSTM of D units on D inputs, in the place of attention (lstm-parameters): four gates of 2D² + D.
+
+    Source: Hochreiter & Schmidhuber 1997; around a mixture of experts: Shazeer et al. 2017, §C.1.
+    """
+    return 4 * (2 * d_model**2 + d_model)
+
+
+ATTENTION: dict[str, Callable[[AttentionConfig, int], int]] = {
+    "gqa": grouped_query_parameters,
+    "mla": latent_parameters,
+    "lstm": lstm_parameters,
+}
 
 
 def model_parameters(model: ModelConfig) -> dict[str, Parameters]:
@@ -92,13 +108,14 @@ def model_parameters(model: ModelConfig) -> dict[str, Parameters]:
     attention = ATTENTION[model.attention.kind](model.attention, width)
     relative = stacks * model.attention.relative_buckets * model.attention.heads
     cross = decoder if encoder else 0
+    extra = moe_layers if model.extra_dense else 0
     table = model.vocabulary * width
     totals = {
         "embedding": (0 if model.tied_embeddings else table) + model.max_positions * width,
         "attention": blocks * attention + relative,
         "cross_attention": cross * attention,
-        "norms": (2 * blocks + cross + stacks) * width,
-        "dense_ffn": (blocks - moe_layers) * ffn_parameters(width, model.dense_width, model.dense_activation),
+        "norms": (2 * blocks + cross + stacks + extra) * width,
+        "dense_ffn": (blocks - moe_layers + extra) * ffn_parameters(width, model.dense_width, model.dense_activation),
         "head": table,
     }
     layer = layer_parameters(model.moe)
@@ -117,3 +134,160 @@ def sum_parameters(parts: Mapping[str, Parameters], *, without: Iterable[str] = 
     require(not unknown, f"there is no component {', '.join(map(repr, unknown))}; known: {', '.join(parts)}")
     kept = [count for name, count in parts.items() if name not in left_out]
     return Parameters(sum(count.total for count in kept), sum(count.active for count in kept))
+
+
+CODE_BYTES = 4  # what names the expert of an assignment on its way
+
+
+class AllToAll(NamedTuple):
+    """Bytes that rank i sends to rank j in each of the four all-to-alls of a layer, [R, R] int64; 0 on the diagonal.
+
+    dispatch, combine                     of the forward pass
+    combine_gradient, dispatch_gradient   of the backward pass
+    """
+
+    dispatch: np.ndarray
+    combine: np.ndarray
+    combine_gradient: np.ndarray
+    dispatch_gradient: np.ndarray
+
+    @property
+    def total(self) -> int:
+        """All of them together, over all ranks."""
+        return int(sum(part.sum() for part in self))
+
+
+def all_to_all_volume(
+    expert_TK: np.ndarray, keep_TK: np.ndarray, rank_T: np.ndarray, owner_E: np.ndarray, d_model: int, *,
+    ranks: int, itemsize: int = 2, gate_itemsize: int = 4,
+) -> AllToAll:  # fmt: skip
+    """What expert parallelism sends for a routing (all-to-all-volume): V_ij = Q_ij · D · b + A_ij · (b_gate + 4).
+
+    Q_ij counts the tokens of rank i with at least one kept expert on rank j: each crosses once, and one row comes back. A_ij counts the
+    kept assignments; each brings its gate and the 4 bytes that name its expert. Back travel Q_ji rows; gradients take the opposite ways,
+    the gates' with those of x. Counts, which are exchanged first, do not depend on the routing and are left out.
+    Shapes: expert, keep [T, K] over all tokens; rank [T], where each token is; owner [E], where each expert is.
+    Raises: ValueError for a shape that differs or a rank outside 0 … ranks − 1.
+    Source: one copy per destination as in DeepSeek-V3 technical report, §3.2.2 (there per node).
+    """
+    tokens = len(expert_TK)
+    require(keep_TK.shape == expert_TK.shape, f"keep has shape {keep_TK.shape}, expert {expert_TK.shape}")
+    require(rank_T.shape == (tokens,), f"rank has shape {rank_T.shape}; there are {tokens} tokens")
+    for name, where in (("rank", rank_T), ("owner", owner_E)):
+        low, high = where.min(initial=0), where.max(initial=0)
+        require(low >= 0 and high < ranks, f"{name} names ranks {low} … {high}; there are {ranks}")
+    assignments_TR = np.stack([((owner_E[expert_TK] == rank) & keep_TK).sum(1) for rank in range(ranks)], axis=1)
+    remote_TR = assignments_TR * (rank_T[:, None] != np.arange(ranks))
+    here_RT = rank_T == np.arange(ranks)[:, None]
+    crossings_RR, copies_RR = (here_RT.astype(np.int64) @ part_TR for part_TR in (remote_TR > 0, remote_TR))
+    rows = crossings_RR * d_model * itemsize
+    return AllToAll(rows + copies_RR * (gate_itemsize + CODE_BYTES), rows.T, rows, rows.T + copies_RR.T * gate_itemsize)
+
+
+class Flops(NamedTuple):
+    """Of one token. weights: its products with parameters; attention: its products with other tokens' keys and values."""
+
+    weights: float
+    attention: float
+
+    @property
+    def forward(self) -> float:
+        """Both."""
+        return self.weights + self.attention
+
+    @property
+    def training(self) -> float:
+        """Forward and backward: every product has two more in the backward pass, one for each of its operands."""
+        return 3 * self.forward
+
+
+def grouped_query_width(attention: AttentionConfig) -> int:
+    """Numbers that a query meets in one key and one value, over all heads: 2 H d_head."""
+    return 2 * attention.heads * attention.head_dim
+
+
+def latent_width(attention: AttentionConfig) -> int:
+    """As `grouped_query_width`, keys with a rotary part and values of their own width: H (d_head + d_rope + d_v)."""
+    return attention.heads * (attention.head_dim + attention.rope_dim + attention.v_head_dim)
+
+
+ATTENTION_WIDTH: dict[str, Callable[[AttentionConfig], int]] = {"gqa": grouped_query_width, "mla": latent_width}
+
+
+def flops_per_token(model: ModelConfig, context: int) -> Flops:
+    """FLOPs of one token in a sequence of `context` tokens (flops-per-token): 2 · active parameters + 2 · width · tokens seen.
+
+    A product with an [a, b] matrix is 2ab FLOPs. Active are all parameters that a token meets but the embedding and the norms. A causal
+    layer sees (context + 1)/2 tokens on average, an encoder layer and a cross-attention all of them; width is that of keys and values.
+    Softmaxes, activations and the choice of experts, of the order D and not D², are left out.
+    Raises: ValueError for a context below 1.
+    Source: Kaplan et al. 2020, §2.1. Deviates: it lets each position see the whole context.
+    """
+    require(context >= 1, f"context is {context}; a sequence has at least 1 token")
+    active = sum_parameters(model_parameters(model), without={"embedding", "norms"}).active
+    encoder = model.encoder_layers
+    seen = model.layers * (context + 1) / 2 + (encoder + (model.layers if encoder else 0)) * context
+    return Flops(2.0 * active, 2 * ATTENTION_WIDTH[model.attention.kind](model.attention) * seen)
+
+
+def expected_experts_touched(config: MoEConfig, tokens: int) -> float:
+    """Different experts that T tokens are sent to under a uniform router (experts-touched): E (1 − (1 − K/E)^T).
+
+    A trained router is less even and touches fewer: `experts_touched` counts them. Raises: ValueError for a negative T.
+    """
+    require(tokens >= 0, f"tokens is {tokens}; a batch cannot be negative")
+    experts = config.experts.count
+    return experts * (1 - (1 - config.gating.top_k / experts) ** tokens)
+
+
+def experts_touched(expert_TK: np.ndarray, keep_TK: np.ndarray) -> int:
+    """Different experts among the kept assignments [T, K]. Raises: ValueError for shapes that differ."""
+    require(keep_TK.shape == expert_TK.shape, f"keep has shape {keep_TK.shape}, expert {expert_TK.shape}")
+    return len(np.unique(expert_TK[keep_TK]))
+
+
+def weight_bytes(model: ModelConfig, tokens: int, *, touched: float | None = None, bytes_per_weight: float = 2) -> float:
+    """Bytes of weights that a step of T tokens reads (weight-bytes): b (T D + resident + touched / E · experts).
+
+    Of the embedding a row per token; of the experts those touched; everything else once. This, and not FLOPs, is what a step with few
+    tokens waits for. touched: experts per layer, as measured; None: `expected_experts_touched`. bytes_per_weight: 2 for bf16, 1 for fp8,
+    4.25/8 for MXFP4. Raises: ValueError for a negative T, or more experts touched than there are.
+    """
+    expected, experts = expected_experts_touched(model.moe, tokens), model.moe.experts.count
+    touched = expected if touched is None else touched
+    require(0 <= touched <= experts, f"touched is {touched}; a layer has {experts} experts")
+    parts = model_parameters(model)
+    resident = sum_parameters(parts, without={"embedding", "routed_experts"}).total
+    return bytes_per_weight * (tokens * model.d_model + resident + touched / experts * parts["routed_experts"].total) * (tokens > 0)
+
+
+def activation_bytes(config: MoEConfig, tokens: int, *, bytes_per_number: float = 2) -> float:
+    """What the backward pass of one MoE layer keeps of its forward pass (activation-bytes): b T (D + E + K (2D + M + F) + M_s + F_s).
+
+    For each token x and its logits; for each of its K rows the copy of x, both sides of the activation (M = 2F where it is gated, else F)
+    and the expert's output; for the shared experts both sides of theirs. Backends that gather x again or combine before they store keep
+    less. Raises: ValueError for a negative T.
+    """
+    require(tokens >= 0, f"tokens is {tokens}; a batch cannot be negative")
+    experts, sides = config.experts, 3 if ACTIVATIONS[config.experts.activation].gated else 2
+    rows = config.gating.top_k * (2 * config.d_model + sides * experts.width)
+    return bytes_per_number * tokens * (config.d_model + experts.count + rows + sides * experts.total_shared_width)
+
+
+def dense_equal(model: ModelConfig, what: str) -> ModelConfig:
+    """The dense model of equal "active" or "total" parameters (dense-equal): MoE layers become FFNs of width F* = P / (3D).
+
+    P is the MoE layer's count, router and shared experts included; 2D where the activation has no gate. The first asks what the experts
+    added at equal FLOPs, the second what sparsity took away at equal size. Where dense layers lie between the MoE layers, these become
+    layers of one expert, whose router costs D.
+    Raises: ValueError for another word.
+    """
+    require(what in Parameters._fields, f"dense_equal was asked for {what!r}; known: {', '.join(Parameters._fields)}")
+    activation = model.moe.experts.activation
+    wanted = sum(getattr(count, what) for count in layer_parameters(model.moe).values())
+    width, name = max(1, round(wanted / ffn_parameters(model.d_model, 1, activation))), f"{model.name}-dense-{what}"
+    blocks = [model.is_moe(layer) for layers in (model.encoder_layers, model.layers) for layer in range(layers)]
+    if all(blocks):
+        return replace(model, name=name, moe_every=0, dense_width=width, dense_activation=activation)
+    one = MoEConfig(model.d_model, gating=GatingConfig(), experts=ExpertsConfig(1, width, activation), balance=BalanceConfig())
+    return replace(model, name=name, moe=one)

@@ -46,6 +46,33 @@ def dispatch_backward(drows_ND: np.ndarray, cache: DispatchCache) -> np.ndarray:
     return dx_TD
 
 
+class GateCache(NamedTuple):
+    """rows_ND: before the gates; gate_TK: the gates; dispatch: where each row came from."""
+
+    rows_ND: np.ndarray
+    gate_TK: np.ndarray
+    dispatch: DispatchCache
+
+
+def gate_rows_forward(rows_ND: np.ndarray, gate_TK: np.ndarray, dispatch: DispatchCache) -> tuple[np.ndarray, GateCache]:
+    """Gates on the experts' inputs instead of their outputs (gate-input): y_t = Σ_k FFN_e(g_tk · x_t); another function, as FFNs bend.
+
+    Shapes: rows [N, D], gate [T, K] → (rows [N, D] in their dtype, cache). Gradient: dr_n = g · d(g r)_n, dg_tk = ⟨r_n, d(g r)_n⟩.
+    Source: Meta 2025 (Llama 4), its released code.
+    """
+    gated_ND = gate_TK[dispatch.token_N, dispatch.slot_N][:, None] * rows_ND
+    return gated_ND.astype(rows_ND.dtype, copy=False), GateCache(rows_ND, gate_TK, dispatch)
+
+
+def gate_rows_backward(dgated_ND: np.ndarray, cache: GateCache) -> tuple[np.ndarray, np.ndarray]:
+    """(drows [N, D], dgate [T, K]) of `gate_rows_forward`."""
+    rows_ND, gate_TK, dispatch = cache
+    own = dispatch.token_N, dispatch.slot_N
+    dgate_TK = np.zeros_like(gate_TK)
+    dgate_TK[own] = (rows_ND * dgated_ND).sum(1)
+    return (gate_TK[own][:, None] * dgated_ND).astype(rows_ND.dtype, copy=False), dgate_TK
+
+
 class CombineCache(NamedTuple):
     """out_ND: the experts' outputs; gate_TK: their weights; dispatch: where each row came from."""
 

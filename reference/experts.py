@@ -24,11 +24,22 @@ def relu_backward(dhidden_NF: np.ndarray, cache: np.ndarray) -> np.ndarray:
     return dhidden_NF * (cache > 0)
 
 
+def relu2_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """h = max(u, 0)² (act-relu2): [N, F] → [N, F]. Gradient: du = 2 max(u, 0) dh. Source: So et al. 2021 (Primer), §3."""
+    return np.maximum(pre_NM, 0) ** 2, pre_NM
+
+
+def relu2_backward(dhidden_NF: np.ndarray, cache: np.ndarray) -> np.ndarray:
+    """dpre of `relu2_forward`."""
+    return 2 * dhidden_NF * np.maximum(cache, 0)
+
+
 # NumPy has no erf; math.erf is the C library's, correct to the last bits.
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
-def _normal_cdf(u: np.ndarray) -> np.ndarray:
+def normal_cdf(u: np.ndarray) -> np.ndarray:
+    """Φ(u), the normal distribution's cumulative function, of an array of any shape."""
     return (0.5 * (1 + _erf(u.astype(np.float64) / math.sqrt(2)))).astype(u.dtype)
 
 
@@ -37,37 +48,87 @@ def gelu_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Source: Hendrycks & Gimpel 2016. Deviates: GPT-2's tanh form is an approximation of it.
     """
-    return pre_NM * _normal_cdf(pre_NM), pre_NM
+    return pre_NM * normal_cdf(pre_NM), pre_NM
 
 
 def gelu_backward(dhidden_NF: np.ndarray, cache: np.ndarray) -> np.ndarray:
     """dpre of `gelu_forward`."""
     density = np.exp(-0.5 * cache * cache) / np.asarray(math.sqrt(2 * math.pi), cache.dtype)
-    return dhidden_NF * (_normal_cdf(cache) + cache * density)
+    return dhidden_NF * (normal_cdf(cache) + cache * density)
 
 
-class SwiGLUCache(NamedTuple):
+class GatedCache(NamedTuple):
     """gate_proj_NF, up_NF: the two halves before the activation."""
 
     gate_proj_NF: np.ndarray
     up_NF: np.ndarray
 
 
-def swiglu_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, SwiGLUCache]:
+def swiglu_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, GatedCache]:
     """h = a σ(a) ⊙ u, a and u the first and the second half of the row (act-swiglu): [N, 2F] → [N, F].
 
     Gradient: da = dh ⊙ u σ(a) (1 + a (1 − σ(a))), du = dh ⊙ a σ(a).
     Source: Shazeer 2020 (GLU variants).
     """
     gate_proj_NF, up_NF = np.split(pre_NM, 2, axis=1)
-    return gate_proj_NF * sigmoid(gate_proj_NF) * up_NF, SwiGLUCache(gate_proj_NF, up_NF)
+    return gate_proj_NF * sigmoid(gate_proj_NF) * up_NF, GatedCache(gate_proj_NF, up_NF)
 
 
-def swiglu_backward(dhidden_NF: np.ndarray, cache: SwiGLUCache) -> np.ndarray:
+def swiglu_backward(dhidden_NF: np.ndarray, cache: GatedCache) -> np.ndarray:
     """dpre [N, 2F] of `swiglu_forward`."""
     a_NF, up_NF = cache
     s_NF = sigmoid(a_NF)
     return np.concatenate([dhidden_NF * up_NF * s_NF * (1 + a_NF * (1 - s_NF)), dhidden_NF * a_NF * s_NF], axis=1)
+
+
+def geglu_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, GatedCache]:
+    """h = a Φ(a) ⊙ u (act-geglu): [N, 2F] → [N, F].
+
+    Gradient: da = dh ⊙ u (Φ(a) + a φ(a)), du = dh ⊙ a Φ(a).
+    Source: Shazeer 2020 (GLU variants). Deviates: T5 1.1 and the models after it compute Φ by GPT-2's tanh form.
+    """
+    gate_proj_NF, up_NF = np.split(pre_NM, 2, axis=1)
+    return gelu_forward(gate_proj_NF)[0] * up_NF, GatedCache(gate_proj_NF, up_NF)
+
+
+def geglu_backward(dhidden_NF: np.ndarray, cache: GatedCache) -> np.ndarray:
+    """dpre [N, 2F] of `geglu_forward`."""
+    a_NF, up_NF = cache
+    return np.concatenate([gelu_backward(dhidden_NF * up_NF, a_NF), dhidden_NF * gelu_forward(a_NF)[0]], axis=1)
+
+
+CLAMP, STEEPNESS = 7.0, 1.702  # of gpt-oss
+
+
+def clamped_swiglu_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, GatedCache]:
+    """h = a σ(1.702 a) ⊙ (u + 1), a clamped above at 7 and u on both sides (act-clamped-swiglu): [N, 2F] → [N, F].
+
+    Gradient: da = dh ⊙ (u + 1) σ (1 + 1.702 a (1 − σ)) where a ≤ 7, du = dh ⊙ a σ where |u| ≤ 7, else 0. A row of zeros gives 0.
+    Source: OpenAI 2025 (gpt-oss model card), §2; the constants: its released code.
+    Deviates: that code's rows alternate, gate and up; see `concatenate_gate_up`.
+    """
+    gate_proj_NF, up_NF = np.split(pre_NM, 2, axis=1)
+    a_NF, u_NF = np.minimum(gate_proj_NF, CLAMP), np.clip(up_NF, -CLAMP, CLAMP)
+    return a_NF * sigmoid(STEEPNESS * a_NF) * (u_NF + 1), GatedCache(gate_proj_NF, up_NF)
+
+
+def clamped_swiglu_backward(dhidden_NF: np.ndarray, cache: GatedCache) -> np.ndarray:
+    """dpre [N, 2F] of `clamped_swiglu_forward`."""
+    a_NF, u_NF = np.minimum(cache.gate_proj_NF, CLAMP), np.clip(cache.up_NF, -CLAMP, CLAMP)
+    s_NF = sigmoid(STEEPNESS * a_NF)
+    slope_NF = s_NF * (1 + STEEPNESS * a_NF * (1 - s_NF)) * (cache.gate_proj_NF <= CLAMP)
+    return np.concatenate([dhidden_NF * (u_NF + 1) * slope_NF, dhidden_NF * a_NF * s_NF * (np.abs(cache.up_NF) <= CLAMP)], axis=1)
+
+
+def concatenate_gate_up(weight: np.ndarray) -> np.ndarray:
+    """Rows gate, up, gate, up, … → all gate rows, then all up rows: [E, 2F, …] of gpt-oss as it is kept here."""
+    return np.concatenate([weight[:, ::2], weight[:, 1::2]], axis=1)
+
+
+def interleave_gate_up(weight: np.ndarray) -> np.ndarray:
+    """The inverse of `concatenate_gate_up`."""
+    gate_rows, up_rows = np.split(weight, 2, axis=1)
+    return np.stack([gate_rows, up_rows], axis=2).reshape(weight.shape)
 
 
 class Activation(NamedTuple):
@@ -82,6 +143,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(False, relu_forward, relu_backward),
     "gelu": Activation(False, gelu_forward, gelu_backward),
     "swiglu": Activation(True, swiglu_forward, swiglu_backward),
+    "relu2": Activation(False, relu2_forward, relu2_backward),
+    "geglu": Activation(True, geglu_forward, geglu_backward),
+    "clamped_swiglu": Activation(True, clamped_swiglu_forward, clamped_swiglu_backward),
 }
 
 
@@ -176,21 +240,3 @@ def experts_backward(dout_ND: np.ndarray, cache: ExpertsCache) -> tuple[np.ndarr
         for key, gradient in zip(keys, dffn, strict=False):
             dparams[key][number] = gradient
     return drows_ND, dparams
-
-
-def _shared(params: Params, config: ExpertsConfig) -> FFN:
-    return FFN(*(params.get(key) for key in ffn_keys("shared", config)))  # type: ignore[arg-type]
-
-
-def shared_forward(x_TD: np.ndarray, params: Params, config: ExpertsConfig) -> tuple[np.ndarray, FFNCache]:
-    """The shared experts, which every token passes through with weight 1 (shared): a sum of FFNs is one FFN of their total width.
-
-    Shapes: x [T, D] → (out [T, D], cache). Source: DeepSeekMoE (Dai et al. 2024), §3.2.
-    """
-    return ffn_forward(x_TD, _shared(params, config), config.activation)
-
-
-def shared_backward(dy_TD: np.ndarray, cache: FFNCache, params: Params, config: ExpertsConfig) -> tuple[np.ndarray, Params]:
-    """(dx [T, D], gradients by name) of `shared_forward`."""
-    dx_TD, dffn = ffn_backward(dy_TD, _shared(params, config), cache, config.activation)
-    return dx_TD, {key: value for key, value in zip(ffn_keys("shared", config), dffn, strict=True) if value is not None}

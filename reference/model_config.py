@@ -13,7 +13,8 @@ from .config import MoEConfig, is_count, known_fields, require
 class AttentionConfig:
     """Attention of a whole model; the layer itself never reads it.
 
-    kind                    "gqa" (multi-head when kv_heads = heads) | "mla" (multi-head latent attention of DeepSeek-V2)
+    kind                    "gqa" (multi-head when kv_heads = heads) | "mla" (multi-head latent attention of DeepSeek-V2) | "lstm" (an LSTM
+                            of D units in its place; the other fields do not matter)
     heads, kv_heads         query heads, key/value heads
     head_dim                width of one head (mla: of its part without position; its value heads have v_head_dim)
     q_rank, kv_rank, rope_dim, v_head_dim   mla: latent widths (q_rank 0: queries are not compressed) and the rotary part
@@ -36,7 +37,7 @@ class AttentionConfig:
     relative_buckets: int = 0
 
     def __post_init__(self) -> None:
-        require(self.kind in ("gqa", "mla"), f"attention.kind is {self.kind!r}; known: gqa, mla")
+        require(self.kind in ("gqa", "mla", "lstm"), f"attention.kind is {self.kind!r}; known: gqa, mla, lstm")
         require(
             is_count(self.heads, 1) and is_count(self.kv_heads, 1) and self.heads % self.kv_heads == 0,
             f"attention.kv_heads is {self.kv_heads!r}, which does not divide attention.heads = {self.heads!r}",
@@ -54,7 +55,7 @@ class ModelConfig:
     layers          decoder layers;  encoder_layers: encoder layers before them (GShard, Switch), whose decoder then cross-attends
     first_dense     the first so many layers have a dense FFN;  moe_every: of the layers after them every n-th is MoE, the last of each n
                     (0: none); both rules hold for encoder and decoder alike
-    dense_width     F of a dense FFN;  dense_activation: its activation
+    dense_width     F of a dense FFN;  dense_activation: its activation;  extra_dense: a dense FFN also follows each MoE layer (ST-MoE)
     vocabulary, tied_embeddings, max_positions (learned positions; 0: none), source: where the sizes are published
     """
 
@@ -65,6 +66,7 @@ class ModelConfig:
     vocabulary: int = 256
     dense_width: int = 64
     dense_activation: str = "swiglu"
+    extra_dense: bool = False
     first_dense: int = 0
     moe_every: int = 1
     encoder_layers: int = 0

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from . import open_weights
 from .config import BalanceConfig, CapacityConfig, ExpertsConfig, GatingConfig, MoEConfig, ScoresConfig
 from .model_config import AttentionConfig, ModelConfig
+from .preset_rows import ROUTERS
 
 _TINY_D_MODEL, _TINY_WIDTH, _TINY_HEADS = 16, 8, 4
 
@@ -79,6 +81,16 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
             capacity=CapacityConfig("per_token", factor=1.0, eval_factor=2.0),
         ),
     ),
+    "switch-xxl-128": dict(
+        like="switch-base-128",
+        source="Fedus et al. 2021 (Switch Transformer, arXiv 2101.03961), Table 9; card google/switch-xxl-128; capacity: flaxformer",
+        layers=24, encoder_layers=24, dense_width=10240, dense_activation="geglu",
+        attention=AttentionConfig("gqa", 64, 64, 64, relative_buckets=32),
+        moe=replace(
+            _SWITCH, d_model=4096, experts=ExpertsConfig(128, 10240, "geglu"),
+            capacity=CapacityConfig("per_token", factor=1.25, eval_factor=4.0),
+        ),
+    ),
     "mixtral-8x7b": dict(
         source="Jiang et al. 2024 (Mixtral, arXiv 2401.04088), §2 and Table 1; loss weight: model card mistralai/Mixtral-8x7B-v0.1",
         layers=32, vocabulary=32000, dense_width=14336, attention=AttentionConfig("gqa", 32, 8, 128), moe=_MIXTRAL,
@@ -128,8 +140,8 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
         source="Dai et al. 2024 (DeepSeekMoE, arXiv 2401.06066), §7 and Table 7",
         layers=62, dense_width=21888, attention=AttentionConfig("gqa", 32, 32, 128),
         moe=replace(
-            _DEEPSEEK_MOE, d_model=4096, gating=GatingConfig(top_k=12), experts=ExpertsConfig(128, 1408, shared=4),
-            balance=BalanceConfig((("expert_balance", 0.003),)),
+            _DEEPSEEK_MOE, d_model=4096, gating=GatingConfig(top_k=12, groups=4, top_groups=4),
+            experts=ExpertsConfig(128, 1408, shared=4), balance=BalanceConfig((("expert_balance", 0.003), ("device_balance", 0.05))),
         ),
     ),
     "deepseek-v2": dict(
@@ -139,7 +151,7 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
             5120,
             gating=GatingConfig(top_k=6, groups=8, top_groups=3, group_score="max", scale=16.0),
             experts=ExpertsConfig(160, 1536, shared=2),
-            balance=BalanceConfig((("expert_balance", 0.003),)),
+            balance=BalanceConfig((("expert_balance", 0.003), ("device_balance", 0.05), ("communication_balance", 0.02))),
         ),
     ),
     "deepseek-v2-lite": dict(
@@ -164,6 +176,8 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
         like="deepseek-v3",
         source="DeepSeek-AI 2025 (DeepSeek-R1, arXiv 2501.12948): trained from DeepSeek-V3-Base, the same architecture",
     ),
+    **ROUTERS,
+    **open_weights.ROWS,
 }
 # fmt: on
 
@@ -199,7 +213,7 @@ def tiny(name: str) -> MoEConfig:
     return replace(
         full,
         d_model=_TINY_D_MODEL,
-        gating=replace(full.gating, groups=groups, top_groups=top_groups, top_k=top_k),
+        gating=replace(full.gating, groups=groups, top_groups=top_groups, top_k=top_k, vocabulary=min(full.gating.vocabulary, 256)),
         experts=replace(full.experts, count=count, width=_TINY_WIDTH, shared_width=shared_width),
     )
 
@@ -209,7 +223,8 @@ def model(name: str, *, tiny: bool = False) -> ModelConfig:
 
     Tiny: the layer `presets.tiny(name)`, bytes as vocabulary, 2 to 4 layers. It keeps which layers are dense, how far key/value heads
     are shared and whether queries and keys are normalised. What training does not build becomes its plain form: multi-head latent
-    attention becomes multi-head, an encoder is left out, learned positions and relative biases give way to the rotary ones.
+    attention and LSTMs become multi-head, an encoder and second FFNs are left out, learned positions and relative biases give way to the
+    rotary ones.
     """
     fields = {key: value for key, value in _fields(name).items() if key != "like"}
     full = ModelConfig(name=name, **fields)
@@ -248,6 +263,7 @@ def _tiny_model(full: ModelConfig) -> ModelConfig:
         attention=attention,
         vocabulary=256,
         dense_width=_scaled(full.dense_width, full.moe),
+        extra_dense=False,
         first_dense=first_dense,
         moe_every=every,
         encoder_layers=0,

@@ -16,12 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from tracer import traced
 
 import reference
-from reference import balancing, capacity, experts, gating, scores
+from reference import balancing, capacity, choices, experts, gating, noise, scores, shared
 from reference.autograd import MoE, Routing, apply_experts, params_from_numpy, params_to_numpy, route, routing_from_numpy, routing_to_numpy
 from reference.autograd import balancing as torch_balancing
 from reference.autograd import capacity as torch_capacity
+from reference.autograd import choices as torch_choices
 from reference.autograd import experts as torch_experts
 from reference.autograd import gating as torch_gating
+from reference.autograd import noise as torch_noise
 from reference.autograd import scores as torch_scores
 from reference.autograd.conversion import array_of
 from reference.autograd.tokens import Draws, token_info
@@ -29,19 +31,24 @@ from reference.config import BalanceConfig, CapacityConfig, ExpertsConfig, Gatin
 from reference.proof.cases import CASES, Case, draw
 from reference.proof.equal import round_to
 from reference.proof.parity import assert_experts_equal
+from reference.tokens import Draws as NumpyDraws
 
 RELATIVE = 1e-11
 D = 6
 TABLES = {
     "scores.function": (scores.SCORE_FUNCTIONS, torch_scores.SCORE_FUNCTIONS),
     "scores.noise": (scores.INPUT_NOISE, torch_scores.INPUT_NOISE),
-    "gating.choice": (gating.CHOICES, torch_gating.CHOICES),
+    "scores.input_norm": (scores.INPUT_NORMS, torch_scores.INPUT_NORMS),
+    "scores.logit_noise": (noise.LOGIT_NOISE, torch_noise.LOGIT_NOISE),
+    "gating.choice": (choices.CHOICES, torch_choices.CHOICES),
     "gating.group_score": (gating.GROUP_SCORES, torch_gating.GROUP_SCORES),
     "gating.normalize": (gating.NORMALIZERS, torch_gating.NORMALIZERS),
     "gating.second_choice": (gating.SECOND_CHOICES, torch_gating.SECOND_CHOICES),
     "capacity.formula": (capacity.FORMULAS, capacity.FORMULAS),
     "capacity.order": (capacity.ORDERS, torch_capacity.ORDERS),
+    "capacity.recycle": (capacity.RECYCLES, capacity.RECYCLES),
     "experts.activation": (experts.ACTIVATIONS, torch_experts.ACTIVATIONS),
+    "experts.shared_gate": (shared.SHARED_GATES, torch_experts.SHARED_GATES),
     "balance.bias_rule": (balancing.BIAS_RULES, torch_balancing.BIAS_RULES),
 }
 
@@ -58,17 +65,22 @@ def mixed_config(number: int) -> MoEConfig:
     top_k = 2 if second == "random" else turn([3, 2] if normalize != "none" else [1, 3, 2], 5)
     groups, top_groups = turn([(1, 1), (4, 2), (2, 1), (4, 3)])
     correction = turn([True, False], 3)
-    shared, shared_width = turn([(0, None), (1, None), (2, 7)], 2)
+    always, shared_width = turn([(0, None), (1, None), (2, 7)], 2)
     return MoEConfig(
         D,
-        scores=ScoresConfig(function, bias=turn([False, True]), noise=turn(scores.INPUT_NOISE, 5), noise_scale=0.1),
+        scores=ScoresConfig(
+            function, bias=turn([False, True]), noise=turn(scores.INPUT_NOISE, 5), noise_scale=0.1, input_norm=turn(scores.INPUT_NORMS, 7),
+            softcap=turn([0.0, 1.5, 0.0]), logit_noise=turn(["none", "none", "learned"], 4),
+        ),
         gating=GatingConfig(
             top_k=top_k, correction_bias=correction, groups=groups, top_groups=top_groups, group_score=turn(gating.GROUP_SCORES, 4),
-            normalize=normalize, eps=turn([0.0, 1e-3]), scale=turn([1.0, 2.5], 2), second_choice=second,
+            normalize=normalize, eps=1e-3 if function == "relu" else turn([0.0, 1e-3]), scale=turn([1.0, 2.5], 2), second_choice=second,
+            after_drop=turn([False, True], 2), expert_scale=turn([False, True, False], 2), choice=turn(["top_k", "top_k", "gumbel"], 2)
+            if not correction else "top_k",
         ),
         capacity=CapacityConfig(turn(capacity.FORMULAS, 2), factor=0.8, eval_factor=turn([None, 0.5]), minimum=turn([0, 1], 3),
                                 order=turn(capacity.ORDERS)),
-        experts=ExpertsConfig(8, 5, turn(experts.ACTIVATIONS, 2), bias=turn([False, True], 3), shared=shared, shared_width=shared_width),
+        experts=ExpertsConfig(8, 5, turn(experts.ACTIVATIONS, 2), bias=turn([False, True], 3), shared=always, shared_width=shared_width),
         balance=BalanceConfig(
             [(name, 0.3 + 0.1 * i) for i, name in enumerate(balancing.LOSSES)], turn(balancing.BIAS_RULES) if correction else "none", 0.001
         ),
@@ -76,6 +88,11 @@ def mixed_config(number: int) -> MoEConfig:
 
 
 CONFIGS = {**configs.CONFIGS, **{f"mixed-{number}": mixed_config(number) for number in range(36)}}
+
+
+def draws_something(config: MoEConfig) -> bool:
+    rules = (config.scores.noise, config.scores.logit_noise, config.gating.choice, config.gating.second_choice)
+    return not {"jitter", "learned", "gumbel", "random"}.isdisjoint((*rules, config.capacity.order, config.capacity.recycle))
 
 
 def plain_config(**parts) -> MoEConfig:
@@ -119,9 +136,10 @@ def grads(moe: MoE) -> dict[str, Tensor]:
 
 
 def facts(rng: np.random.Generator, tokens: int) -> dict[str, np.ndarray]:
-    """Four groups, mixed and of different size, with padding in each; one is nothing else."""
+    """Four groups, mixed and of different size, with padding in each; one is nothing else. Ids of a vocabulary of 11."""
     group = rng.choice([7, 2, 40, 9], tokens, p=[0.4, 0.2, 0.2, 0.2])
-    return {"group_ids": group, "pad_mask": (rng.random(tokens) < 0.2) | (group == 40)}
+    padding = (rng.random(tokens) < 0.2) | (group == 40)
+    return {"group_ids": group, "pad_mask": padding, "token_ids": rng.integers(0, configs.VOCABULARY, tokens)}
 
 
 @pytest.mark.parametrize("where", TABLES)
@@ -170,6 +188,8 @@ def test_forward_and_gradients_are_the_reference(name: str, training: bool, rng:
     assert_same("dx", x_TD.grad, dx)
     assert grads(moe).keys() == dparams.keys()
     for key, gradient in grads(moe).items():
+        if gradient is None and not training and key == "router.noise_weight":  # nothing is drawn, so nothing reads it
+            gradient = torch.zeros_like(moe.get_parameter(key))
         assert_same(key, gradient, dparams[key])
 
 
@@ -184,7 +204,7 @@ class RecordedNumbers:
         return self.left.pop(0)
 
 
-@pytest.mark.parametrize("name", [n for n, c in CONFIGS.items() if c.scores.noise != "none" or c.gating.second_choice == "random"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if draws_something(CONFIGS[name])])
 def test_own_draws_lead_to_the_reference_s_decisions(name: str, rng: np.random.Generator) -> None:
     config, given, x = CONFIGS[name], facts(rng, 40), rng.standard_normal((40, CONFIGS[name].d_model))
     params, tensors = random_params(config, rng), {key: torch.tensor(array) for key, array in given.items()}
@@ -202,16 +222,25 @@ def test_own_draws_lead_to_the_reference_s_decisions(name: str, rng: np.random.G
 
 def test_random_second_choice_frees_its_slot_and_follows_the_draw() -> None:
     gate_TK = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.5, 0.5]])
-    wanted = torch_gating.random_second(gate_TK, Draws(None, {"second_choice": np.array([0.3, 0.7, 0.999])}))
+    wanted = torch_gating.random_second(gate_TK, GatingConfig(top_k=2), Draws(None, {"second_choice": np.array([0.3, 0.7, 0.999])}))
     assert wanted.tolist() == [[True, False], [True, True], [True, True]]
+
+
+def queue_of(track, array, order: str):
+    """The order of a track for gates that are the same everywhere and draws that are 1/t."""
+    like = np.linspace(1, 0, array.shape[0] * array.shape[1]).reshape(array.shape) % 0.3
+    drawn = {"order": 1 / np.arange(1, len(array) + 1)}
+    if track is capacity:
+        return capacity.queue_order(like, order, NumpyDraws(None, drawn), training=True)
+    return torch_capacity.queue_order(torch.tensor(like), order, Draws(None, drawn), training=True)
 
 
 @pytest.mark.parametrize("order", torch_capacity.ORDERS)
 def test_position_counts_wanted_assignments_only(order: str, rng: np.random.Generator) -> None:
     expert, wanted, group = rng.integers(0, 4, (31, 3)), rng.random((31, 3)) < 0.6, rng.integers(0, 3, 31)
-    expected = capacity.position_in_expert(expert, wanted, group, capacity.ORDERS[order](expert))
+    expected = capacity.position_in_expert(expert, wanted, group, queue_of(capacity, expert, order))
     tensors = [torch.tensor(a) for a in (expert, wanted, group)]
-    assert_same("position", torch_capacity.position_in_expert(*tensors, torch_capacity.ORDERS[order](tensors[0])), expected)
+    assert_same("position", torch_capacity.position_in_expert(*tensors, queue_of(torch_capacity, tensors[0], order)), expected)
 
 
 def test_ties_go_to_the_lowest_id() -> None:
@@ -223,13 +252,18 @@ def test_ties_go_to_the_lowest_id() -> None:
 @pytest.mark.parametrize("loss", balancing.LOSSES)
 def test_gradients_of_the_losses(loss: str, function: str, rng: np.random.Generator) -> None:
     tokens = token_info(torch.Size([9]), **{name: torch.tensor(array) for name, array in facts(rng, 9).items()})
-    expert_TK = torch.tensor(rng.integers(0, 4, (9, 2)))
+    expert_TK, normal_TE = torch.tensor(rng.integers(0, 4, (9, 2))), torch.tensor(rng.standard_normal((9, 4)))
 
     def value(logits_TE: Tensor) -> Tensor:
         scores_TE = torch_scores.SCORE_FUNCTIONS[function].forward(logits_TE)
         probability_TE = torch_scores.SCORE_FUNCTIONS[function].probability_forward(scores_TE)
         picked_TK = tokens.real_T[:, None].expand(9, 2)
-        return torch_balancing.LOSSES[loss](torch_balancing.LossInputs(logits_TE, scores_TE, probability_TE, expert_TK, picked_TK, tokens))
+        deviation_TE = torch.nn.functional.softplus(0.3 * logits_TE)
+        noise = torch_noise.Noisy(logits_TE + normal_TE * deviation_TE, deviation_TE)
+        gate_TK = scores_TE.gather(1, expert_TK)
+        return torch_balancing.LOSSES[loss](
+            torch_balancing.LossInputs(logits_TE, scores_TE, probability_TE, expert_TK, picked_TK, tokens, gate_TK, noise, 2)
+        )
 
     assert torch.autograd.gradcheck(value, torch.randn(9, 4, dtype=torch.float64, requires_grad=True))
 
@@ -385,6 +419,8 @@ def test_fresh_parameters_follow_the_reference_s_rule() -> None:
     for name, tensor in moe.tensors().items():
         if name.endswith("bias"):
             assert not tensor.any(), name
+        elif name == "router.penalty":
+            assert tensor.item() == np.float32(1e-8)
         else:
             assert tensor.std().item() * tensor.shape[-1] ** 0.5 == pytest.approx(1, rel=0.15), name
     assert len(moe.experts.gate_up_proj.flatten(1).unique(dim=0)) == 64

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from reference.autograd import MoE, apply_experts, route
-from reference.config import ExpertsConfig, GatingConfig, MoEConfig, ScoresConfig
+from reference.config import BalanceConfig, ExpertsConfig, GatingConfig, MoEConfig, ScoresConfig
 
 CONFIG = MoEConfig(6, gating=GatingConfig(top_k=2), experts=ExpertsConfig(5, 4))
 JITTERED = MoEConfig(6, scores=ScoresConfig(noise="jitter", noise_scale=0.1), gating=GatingConfig(top_k=2), experts=ExpertsConfig(5, 4))
+
+HASHED = MoEConfig(6, gating=GatingConfig(top_k=2, choice="hash", vocabulary=9), experts=ExpertsConfig(5, 4))
+PENALIZED = MoEConfig(6, experts=ExpertsConfig(5, 4), balance=BalanceConfig((("gate_l1", 1.0),)))
 
 
 def layer() -> MoE:
@@ -55,8 +58,16 @@ ALWAYS: dict[str, tuple[Callable[[], object], str]] = {
     "group-shape": (lambda: layer()(x(), group_ids=torch.zeros(2, dtype=torch.int64)), "group_ids has shape (2,)"),
     "group-dtype": (lambda: layer()(x(), group_ids=torch.zeros(2, 7)), "group_ids has dtype torch.float32; it must be integer"),
     "ids-bool": (lambda: layer()(x(), token_ids=torch.zeros(2, 7, dtype=torch.bool)), "token_ids has dtype torch.bool; it must be integer"),
-    "replay-tokens": (lambda: layer()(x(3, 7, 6), replay=routing(layer())), "replay.expert has shape (14, 2); x has 21 tokens"),
+    "replay-tokens": (lambda: layer()(x(3, 7, 6), replay=routing(layer())), "replay.expert has shape (14, 2); this pass needs (21, 2)"),
     "replay-keep": (lambda: replayed(keep=torch.ones(14, 1, dtype=torch.bool)), "replay.keep has shape (14, 1), replay.expert (14, 2)"),
+    "replay-choices": (
+        lambda: replayed(expert=torch.zeros(14, 3, dtype=torch.int64)),
+        "replay.expert has shape (14, 3); this pass needs (14, 2)",
+    ),
+    "replay-expert-dtype": (lambda: replayed(expert=torch.zeros(14, 2)), "replay.expert has dtype torch.float32; it must be integer"),
+    "replay-keep-dtype": (lambda: replayed(keep=torch.ones(14, 2)), "replay.keep has dtype torch.float32; it must be bool"),
+    "hash-ids": (lambda: MoE(HASHED)(x()), "gating.choice is 'hash', which looks token ids up: pass token_ids="),
+    "penalty-load": (lambda: MoE(PENALIZED).update_penalty(torch.ones(4), 2), "load has shape (4,); the layer has 5 experts"),
     "replay-load": (lambda: replayed(load=torch.ones(4)), "replay.load has shape (4,); the layer has 5 experts"),
     "replay-draws": (lambda: MoE(JITTERED)(x(), replay=routing(layer())), "replay holds no draws named 'jitter'"),
     "replay-draw-shape": (
@@ -84,6 +95,11 @@ def with_value(value: float) -> Tensor:
     return tensor
 
 
+def padding_kept() -> object:
+    moe, pad_mask = layer(), torch.arange(14).reshape(2, 7) == 13
+    return moe(x(), pad_mask=pad_mask, replay=routing(moe))
+
+
 def out_of_range() -> object:
     return replayed(expert=torch.full((14, 2), 5))
 
@@ -92,6 +108,11 @@ ON_DEMAND: dict[str, tuple[Callable[[], object], str]] = {
     "nan": (lambda: layer()(with_value(float("nan"))), "x holds NaN or infinity, in tokens [9]"),
     "infinity": (lambda: layer()(with_value(float("-inf"))), "x holds NaN or infinity, in tokens [9]"),
     "parameter": (lambda: route(x(7, 6), changed_params("router.weight", x(5, 6) / 0), CONFIG), "router.weight holds NaN or infinity"),
+    "replay-padding": (padding_kept, "replay keeps assignments of padding, in tokens [13]"),
+    "hash-id": (
+        lambda: MoE(HASHED)(x(), token_ids=torch.full((2, 7), 9)),
+        "token_ids has ids 9 … 9; router.hash_table has 9 rows",
+    ),
     "replay-id": (out_of_range, "replay.expert has ids 5 … 5; the layer has 5 experts"),
 }
 

@@ -25,7 +25,7 @@ from reference.balancing import (
     load_entropy,
     max_violation,
 )
-from reference.capacity import keep_within_capacity
+from reference.capacity import keep_within_capacity, queue_order
 from reference.gating import limit_to_groups, random_second
 from reference.layer import update_bias
 from reference.tokens import Draws, token_info
@@ -138,7 +138,11 @@ def test_negative_bias_opens_no_closed_group() -> None:
 
 # Four tokens of one group and one of another; expert 0 is everybody's favourite.
 EXPERT_TK = np.array([[0, 1], [0, 1], [1, 0], [0, 1], [0, 1]])
-GROUP_T = np.array([0, 0, 0, 0, 7])
+GROUPS = token_info(5, group_ids=np.array([0, 0, 0, 0, 7]))
+
+
+def in_order(order: str) -> np.ndarray:
+    return queue_order(np.ones((5, 2)), order, Draws(None), training=True)
 
 
 @pytest.mark.parametrize(
@@ -152,25 +156,21 @@ GROUP_T = np.array([0, 0, 0, 0, 7])
     ],
 )
 def test_drop_order_by_hand(order: str, capacity: int, kept: list) -> None:
-    keep_TK = keep_within_capacity(
-        EXPERT_TK, np.ones((5, 2)), np.ones((5, 2), bool), np.array([capacity, capacity]), order, token_info(5, group_ids=GROUP_T)
-    )
+    keep_TK = keep_within_capacity(EXPERT_TK, np.ones((5, 2), bool), np.array([capacity, capacity]), in_order(order), GROUPS)
     assert keep_TK.astype(int).tolist() == kept
 
 
 def test_rejected_second_choice_frees_its_slot() -> None:
     wanted_TK = np.ones((5, 2), bool)
     wanted_TK[0, 1] = False
-    keep_TK = keep_within_capacity(
-        EXPERT_TK, np.ones((5, 2)), wanted_TK, np.array([2, 2]), "choice_major", token_info(5, group_ids=GROUP_T)
-    )
+    keep_TK = keep_within_capacity(EXPERT_TK, wanted_TK, np.array([2, 2]), in_order("choice_major"), GROUPS)
     assert keep_TK.astype(int).tolist() == [[1, 0], [1, 1], [1, 0], [0, 0], [1, 1]]
 
 
 def test_random_second_choice_compares_twice_its_gate() -> None:
     draws = Draws(None, {"second_choice": np.array([0.0, 0.39, 0.41, 0.99])})
     gate_TK = np.array([[1.0, 0.0], [0.8, 0.2], [0.8, 0.2], [0.5, 0.5]])
-    assert random_second(gate_TK, draws).tolist() == [[True, False], [True, True], [True, False], [True, True]]
+    assert random_second(gate_TK, GatingConfig(top_k=2), draws).tolist() == [[True, False], [True, True], [True, False], [True, True]]
 
 
 def test_load_measures_by_hand() -> None:

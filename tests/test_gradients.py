@@ -87,7 +87,9 @@ def test_a_number_for_dloss_means_the_weights_of_the_config(name: str) -> None:
     run = record(name)
     dy_TD = np.ones_like(run.output.y)
     as_number = moe_backward(dy_TD, run.cache, dloss=2.0)
-    by_name = moe_backward(dy_TD, run.cache, dloss={loss: 2.0 * weight for loss, weight in CONFIGS[name].balance.losses})
+    penalty = float(run.arguments["params"].get("router.penalty", np.ones(1))[0])
+    weights = {loss: weight * penalty if loss == "gate_l1" else weight for loss, weight in CONFIGS[name].balance.losses}
+    by_name = moe_backward(dy_TD, run.cache, dloss={loss: 2.0 * weight for loss, weight in weights.items()})
     np.testing.assert_array_equal(as_number[0], by_name[0])
     for key in as_number[1]:
         np.testing.assert_array_equal(as_number[1][key], by_name[1][key])

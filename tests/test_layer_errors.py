@@ -37,6 +37,7 @@ BAD_CONFIGS: dict[str, tuple[Callable[[], Any], str]] = {
     "no expert width": (lambda: ExpertsConfig(width=0), "experts.width is 0"),
     "negative shared": (lambda: ExpertsConfig(shared=-1), "experts.shared is -1"),
     "shared width alone": (lambda: ExpertsConfig(shared_width=8), "experts.shared_width is 8 with experts.shared = 0"),
+    "shared gate alone": (lambda: ExpertsConfig(shared_gate="sigmoid"), "experts.shared_gate is 'sigmoid' but experts.shared is 0"),
     "shared width 0": (lambda: ExpertsConfig(shared=1, shared_width=0), "experts.shared_width is 0 with experts.shared = 1"),
     "no choice": (lambda: GatingConfig(top_k=0), "gating.top_k is 0; a token needs at least 1 expert"),
     "more choices than experts": (
@@ -94,9 +95,9 @@ def test_bad_config_is_refused(name: str) -> None:
 
 
 TAGGED = {
-    "scores": ("function", "noise"),
+    "scores": ("function", "noise", "input_norm", "logit_noise"),
     "gating": ("choice", "group_score", "normalize", "second_choice"),
-    "capacity": ("formula", "order"),
+    "capacity": ("formula", "order", "recycle"),
     "experts": ("activation",),
     "balance": ("bias_rule",),
 }

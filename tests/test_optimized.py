@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from configs import CONFIGS
+from configs import CONFIGS, VOCABULARY
 from conftest import REPOSITORY
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -86,13 +86,14 @@ def test_the_layer_is_the_reference_in_fp64(backend: str, name: str, training: b
     moe, wanted = pair(config, backend)
     moe.train(training), wanted.train(training)
     x, pad_mask = torch.randn(3, 11, config.d_model, dtype=torch.float64), torch.rand(3, 11) < 0.2
-    replay = wanted(x, pad_mask=pad_mask)[1].routing
-    found, expected = (gradients(layer, x, pad_mask=pad_mask, replay=replay) for layer in (moe, wanted))
+    given = {"pad_mask": pad_mask, "token_ids": torch.randint(0, VOCABULARY, (3, 11))}
+    replay = wanted(x, **given)[1].routing
+    found, expected = (gradients(layer, x, **given, replay=replay) for layer in (moe, wanted))
     assert largest_error(found, expected) < 1e-12
     torch.manual_seed(7)
-    own = moe(x, pad_mask=pad_mask)[1]
+    own = moe(x, **given)[1]
     torch.manual_seed(7)
-    theirs = wanted(x, pad_mask=pad_mask)[1]
+    theirs = wanted(x, **given)[1]
     assert own.losses.keys() == theirs.losses.keys()
     for field in ("expert", "keep", "load", "gate", "importance"):
         assert torch.equal(getattr(own.routing, field), getattr(theirs.routing, field)), field
@@ -101,8 +102,25 @@ def test_the_layer_is_the_reference_in_fp64(backend: str, name: str, training: b
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("backend", HERE)
 def test_the_layer_is_the_reference_in_fp32(backend: str, name: str) -> None:
+    reason = backends.why_not(backend, torch.device("cpu"), torch.float32, CONFIGS[name]) or ""
+    if reason.startswith("it has no activation"):
+        pytest.skip(reason)
     moe, wanted = pair(CONFIGS[name], backend, torch.float32)
     x = torch.randn(2, 13, CONFIGS[name].d_model)
+    ids = torch.randint(0, VOCABULARY, (2, 13))
+    replay = wanted(x, token_ids=ids)[1].routing
+    found, expected = (gradients(layer, x, token_ids=ids, replay=replay) for layer in (moe, wanted))
+    assert largest_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("activation", numpy_experts.ACTIVATIONS)
+@pytest.mark.filterwarnings("ignore:backend .* would be faster:UserWarning")
+def test_auto_runs_every_activation_and_gates_on_inputs(activation: str) -> None:
+    """Where the fastest backend has no such activation another one runs, never a wrong number."""
+    config = MoEConfig(4, gating=GatingConfig(top_k=2), experts=ExpertsConfig(3, 2, activation, gate_inputs=True))
+    moe, wanted = pair(config, "auto", torch.float32)
+    assert moe(torch.randn(0, 4))[0].shape == (0, 4)
+    x = 5 * torch.randn(2, 9, 4)
     replay = wanted(x)[1].routing
     assert largest_error(gradients(moe, x, replay=replay), gradients(wanted, x, replay=replay)) < 1e-5
 

@@ -25,11 +25,14 @@ from reference import (
     moe_forward,
 )
 from reference.balancing import BIAS_RULES, LOSSES
-from reference.capacity import FORMULAS, ORDERS, per_assignment, per_token
+from reference.capacity import FORMULAS, ORDERS, RECYCLES, per_assignment, per_token
+from reference.choices import CHOICES, choose
 from reference.experts import ACTIVATIONS, Params
-from reference.gating import CHOICES, GROUP_SCORES, NORMALIZERS, SECOND_CHOICES, choose
+from reference.gating import GROUP_SCORES, NORMALIZERS, SECOND_CHOICES
 from reference.layer import route_backward, route_forward
-from reference.scores import INPUT_NOISE, SCORE_FUNCTIONS
+from reference.noise import LOGIT_NOISE
+from reference.scores import INPUT_NOISE, INPUT_NORMS, SCORE_FUNCTIONS
+from reference.shared import SHARED_GATES
 from reference.tokens import token_info
 
 bounded = settings(derandomize=True, deadline=None, max_examples=40, database=None)
@@ -40,7 +43,14 @@ sizes = st.integers(1, 24)
 
 def quiet(config: MoEConfig) -> MoEConfig:
     """The config without anything random."""
-    return replace(config, scores=replace(config.scores, noise="none"), gating=replace(config.gating, second_choice="always"))
+    choice = "top_k" if config.gating.choice == "gumbel" else config.gating.choice
+    order = ORDERS[config.capacity.order].in_evaluation or config.capacity.order
+    return replace(
+        config,
+        scores=replace(config.scores, noise="none", logit_noise="none"),
+        gating=replace(config.gating, second_choice="always", choice=choice),
+        capacity=replace(config.capacity, order=order, recycle="none"),
+    )
 
 
 def dropless(config: MoEConfig) -> MoEConfig:
@@ -57,8 +67,9 @@ def assert_close(a: np.ndarray, b: np.ndarray) -> None:
 
 def test_configs_cover_every_row_of_every_table() -> None:
     rows = {
-        "function": SCORE_FUNCTIONS, "noise": INPUT_NOISE, "choice": CHOICES, "group_score": GROUP_SCORES, "normalize": NORMALIZERS,
-        "second_choice": SECOND_CHOICES, "formula": FORMULAS, "order": ORDERS, "activation": ACTIVATIONS, "bias_rule": BIAS_RULES,
+        "function": SCORE_FUNCTIONS, "noise": INPUT_NOISE, "input_norm": INPUT_NORMS, "logit_noise": LOGIT_NOISE, "recycle": RECYCLES,
+        "choice": CHOICES, "group_score": GROUP_SCORES, "normalize": NORMALIZERS, "second_choice": SECOND_CHOICES, "formula": FORMULAS,
+        "order": ORDERS, "activation": ACTIVATIONS, "shared_gate": SHARED_GATES, "bias_rule": BIAS_RULES,
     }  # fmt: skip
     used: dict[str, set] = {field: set() for field in rows}
     for config in CONFIGS.values():
@@ -102,9 +113,15 @@ def test_experts_may_be_relabelled(name: str, seed: int, tokens: int) -> None:
     # Whole groups change places, and experts inside each group.
     members = np.arange(config.experts.count).reshape(config.gating.groups, -1)
     old = rng.permuted(rng.permutation(members, axis=0), axis=1).ravel()  # new expert i is the old expert old[i]
-    relabelled = {key: value if key.startswith("shared") else value[old] for key, value in params.items()}
+    new = np.argsort(old)
+    relabelled = {key: value if key.startswith("shared") or key == "router.penalty" else value[old] for key, value in params.items()}
+    if "router.hash_table" in params:
+        relabelled["router.hash_table"] = new[params["router.hash_table"]]
     plain, other = run(config, params, **arguments), run(config, relabelled, **arguments)
-    np.testing.assert_array_equal(old[other.routing.expert], plain.routing.expert)
+    np.testing.assert_array_equal(other.routing.keep, plain.routing.keep)
+    # Where a token may have any number of experts, those that it does not have are all alike.
+    told = plain.routing.keep if CHOICES[config.gating.choice].every_expert else np.ones_like(plain.routing.keep)
+    np.testing.assert_array_equal(old[other.routing.expert][told], plain.routing.expert[told])
     np.testing.assert_array_equal(other.routing.load, plain.routing.load[old])
     assert_close(other.y, plain.y)
     assert other.losses == pytest.approx(plain.losses)
@@ -116,9 +133,9 @@ def test_normalized_gates_sum_to_the_scale(name: str, seed: int, tokens: int) ->
     config, rng = dropless(CONFIGS[name]), np.random.default_rng(seed)
     gate = run(config, random_params(config, rng), **random_tokens(config, rng, tokens)).routing.gate
     total, expected = gate.sum(1), config.gating.scale
-    if config.gating.normalize != "none":
+    if config.gating.normalize != "none" and not config.gating.expert_scale:
         np.testing.assert_allclose(total, expected, rtol=1e-12)
-    else:
+    elif config.scores.function == "softmax" and not config.gating.expert_scale:
         assert (gate > 0).all() and (total <= expected * (1 + 1e-12)).all()
 
 
@@ -132,7 +149,7 @@ def test_padding_changes_nothing(name: str, seed: int, tokens: int, pads: int) -
     padded = random_tokens(config, rng, tokens + pads, groups=4)  # pads lie in the same groups and in ones of their own
     padded["pad_mask"] = pad_mask
     padded["x_TD"] *= 100
-    for key in ("x_TD", "group_ids"):
+    for key in ("x_TD", "group_ids", "token_ids"):
         padded[key][~pad_mask] = arguments[key]
     alone, (among, cache) = run(config, params, **arguments), moe_forward(params=params, config=config, training=True, **padded)
     assert_close(among.y[~pad_mask], alone.y)
@@ -178,7 +195,10 @@ def test_evaluation_draws_nothing_and_has_no_losses(name: str, seed: int, tokens
 
 
 @bounded
-@given(names, seeds, sizes, st.sampled_from(["per_assignment", "per_token"]), st.sampled_from(list(ORDERS)))
+@given(
+    st.sampled_from([name for name in CONFIGS if CONFIGS[name].gating.choice != "positive"]), seeds, sizes,
+    st.sampled_from(["per_assignment", "per_token"]), st.sampled_from([name for name in ORDERS if ORDERS[name].in_evaluation is None]),
+)  # fmt: skip
 def test_dropless_is_a_large_capacity_factor(name: str, seed: int, tokens: int, formula: str, order: str) -> None:
     config, rng = dropless(CONFIGS[name]), np.random.default_rng(seed)
     params, arguments = random_params(config, rng), random_tokens(config, rng, tokens, groups=2, pads=1)
@@ -204,7 +224,7 @@ def test_no_expert_holds_more_than_its_capacity(name: str, seed: int, tokens: in
         held = np.bincount(routing.expert[own][routing.keep[own]], minlength=experts)
         picked = np.bincount(routing.expert[own & ~arguments["pad_mask"]].ravel(), minlength=experts)
         assert (held <= slots).all()
-        if config.gating.second_choice == "always":
+        if config.gating.second_choice == "always" and config.capacity.recycle == "none" and config.gating.choice != "positive":
             np.testing.assert_array_equal(held, np.minimum(picked, slots))  # nothing is dropped while there is room
 
 
@@ -232,8 +252,8 @@ def test_replay_gives_the_same_bits_and_keeps_the_gradient(name: str, seed: int,
     np.testing.assert_array_equal(first.y, second.y)
     assert first.losses == second.losses and first.loss == second.loss
     for field, value in vars(first.routing).items():
-        if field == "draws":  # the outcome of the second choice's draw is `keep`, so it is not needed again
-            value = {drawn: numbers for drawn, numbers in value.items() if drawn != "second_choice"}
+        if field == "draws":  # what a decision drew is in its outcome, so it is not needed again
+            value = {drawn: numbers for drawn, numbers in value.items() if drawn in ("jitter", "logit_noise")}
         np.testing.assert_equal(getattr(second.routing, field), value)
     dy_TD = rng.standard_normal(first.y.shape)
     (dx_TD, dparams), (again_TD, again) = moe_backward(dy_TD, first_cache), moe_backward(dy_TD, second_cache)
@@ -257,7 +277,8 @@ def test_replay_keeps_choices_and_recomputes_gates(name: str, seed: int, tokens:
     scores = SCORE_FUNCTIONS[config.scores.function].forward(replayed.logits)[0]
     chosen = np.take_along_axis(scores, recorded.expert, 1)
     expected = NORMALIZERS[config.gating.normalize].forward(chosen, config.gating.eps)[0] * config.gating.scale
-    np.testing.assert_array_equal(replayed.gate, expected)
+    factor = params.get("router.expert_scale", np.ones(config.experts.count))[recorded.expert]
+    np.testing.assert_array_equal(replayed.gate, np.where(recorded.keep, expected * factor, 0))
 
 
 def wheel(experts: int, top_k: int, function: str) -> tuple[np.ndarray, Params, MoEConfig]:
@@ -272,7 +293,7 @@ def wheel(experts: int, top_k: int, function: str) -> tuple[np.ndarray, Params, 
 
 
 @bounded
-@given(st.integers(1, 9), st.data(), st.sampled_from(list(SCORE_FUNCTIONS)))
+@given(st.integers(1, 9), st.data(), st.sampled_from([name for name in SCORE_FUNCTIONS if name != "relu"]))
 def test_balance_losses_are_1_at_exact_balance_for_every_k(experts: int, data: st.DataObject, function: str) -> None:
     x_TD, params, config = wheel(experts, data.draw(st.integers(1, experts)), function)
     output = run(config, params, x_TD)
@@ -405,7 +426,7 @@ def test_evaluation_has_its_own_capacity_factor(seed: int, tokens: int) -> None:
 def test_the_gate_of_a_dropped_assignment_teaches_nothing(name: str, seed: int, tokens: int) -> None:
     config, rng = CONFIGS[name], np.random.default_rng(seed)
     params, arguments = random_params(config, rng), random_tokens(config, rng, tokens, groups=2, pads=1)
-    info = token_info(tokens, None, arguments["group_ids"], arguments["pad_mask"])
+    info = token_info(tokens, arguments["token_ids"], arguments["group_ids"], arguments["pad_mask"])
     routing, _, cache = route_forward(arguments["x_TD"], params, config, info, training=True, rng=rng)
     dgate_TK = rng.standard_normal(routing.gate.shape)
     given_all, given_kept = (route_backward(dgate, {}, cache) for dgate in (dgate_TK, np.where(routing.keep, dgate_TK, 0)))

@@ -37,6 +37,13 @@ SHAPES = {
         dict(gating=dict(groups=2, top_groups=1, scale=1.0)),
         dict(experts=dict(count=24, width=3, shared=1), gating=dict(groups=8, top_groups=3, top_k=6)),
     ],
+    "qwen2-57b-a14b": [
+        dict(gating=dict(top_k=8)),
+        dict(experts=dict(count=11, width=3, shared_width=5)),
+        dict(gating=dict(normalize="sum")),
+    ],
+    "gpt-oss-120b": [dict(gating=dict(top_k=8)), dict(experts=dict(count=5, width=40)), dict(d_model=9, gating=dict(top_k=1))],
+    "llama4-scout": [dict(gating=dict(top_k=2)), dict(experts=dict(count=5, width=3)), dict(d_model=9)],
     "deepseek-v3": [
         dict(gating=dict(groups=1, top_groups=1, scale=1.0)),
         dict(experts=dict(count=32, width=3, shared=2), gating=dict(groups=8, top_groups=4, top_k=8)),
@@ -56,6 +63,10 @@ WRONG = {
     "qwen3 without normalized gates": ("qwen3-30b-a3b", dict(gating=dict(normalize="none"))),
     "deepseek-v2 with the top-2 group score": ("deepseek-v2", dict(gating=dict(group_score="top2_sum"))),
     "deepseek-v2 without groups": ("deepseek-v2", dict(gating=dict(groups=1, top_groups=1))),
+    "qwen2 with normalized gates": ("qwen2-57b-a14b", dict(gating=dict(normalize="sum"))),
+    "gpt-oss with plain SwiGLU": ("gpt-oss-120b", dict(experts=dict(activation="swiglu"))),
+    "gpt-oss with a softmax over all experts": ("gpt-oss-120b", dict(scores=dict(function="softmax"), gating=dict(normalize="none"))),
+    "llama4 with gates on outputs": ("llama4-scout", dict(experts=dict(gate_inputs=False))),
     "deepseek-v3 with the max group score": ("deepseek-v3", dict(gating=dict(group_score="max"))),
     "deepseek-v3 without its bias": ("deepseek-v3", dict(gating=dict(correction_bias=False), balance=dict(bias_rule="none"))),
 }
@@ -75,7 +86,8 @@ def test_layer_is_the_block_at_other_shapes(name, parts, size):
     assert forward.max <= BOUNDS["transformers"] and gradient.max <= BOUNDS["transformers"]
 
 
-@pytest.mark.parametrize("name", SHAPES)
+# That of gpt-oss computes in the dtype of its weights, which is float64 here.
+@pytest.mark.parametrize("name", sorted(SHAPES.keys() - {"gpt-oss-120b"}))
 def test_layer_is_the_block_as_it_ships(name):
     forward, gradient = transformers_errors(name, presets.tiny(name), 13, native_router=True)
     for errors in (forward, gradient):
