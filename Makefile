@@ -2,9 +2,11 @@
 #   PYTHON=  the interpreter (3.11 or newer)
 #   VENV=    the environment to make or to use; empty: PYTHON as it is, and nothing is installed
 #   ARGS=    more arguments for the command behind the target
+#   PORT=    where `make site` serves
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+PORT ?= 8000
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -16,7 +18,7 @@ endif
 MOEBIUS := $(PY) -m optimized.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help install tour test model lint types parity status clean
+.PHONY: help install tour test model lint types parity bench status site site-build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -50,8 +52,21 @@ types: $(INSTALLED)  ## type check of both tracks
 parity: $(INSTALLED)  ## every track against the reference
 	$(MOEBIUS) parity $(ARGS)
 
+bench: $(INSTALLED)  ## time the fast path against the limit and every peer (needs a quiet machine)
+	THP_MEM_ALLOC_ENABLE=1 $(MOEBIUS) bench --json docs/results/bench-cpu.json $(ARGS)
+
 status: $(INSTALLED)  ## write the generated tables again
 	$(MOEBIUS) status $(ARGS)
+
+site-build: $(INSTALLED)  ## build the documentation into site/ (needs npm)
+	$(PY) docs/tools/build.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	$(PY) docs/tools/formulas.py site
+
+site: export SITE_URL = http://127.0.0.1:$(PORT)/
+site: site-build  ## build it and serve it (PORT=8000)
+	@echo "serving $(SITE_URL)"
+	$(PY) -m http.server $(PORT) --bind 127.0.0.1 --directory site
 
 clean:  ## remove caches and builds; environments and committed files stay
 	rm -rf build dist site .hypothesis .pytest_cache .ruff_cache

@@ -90,9 +90,11 @@ def test_the_layer_is_the_sum_over_experts_of_masked_dense_passes(name: str) -> 
     params, arguments = random_params(config, rng), random_tokens(config, rng, 12, groups=2, pads=2)
     x_TD = arguments["x_TD"]
     routing = moe_forward(params=params, config=config, training=True, rng=rng, **arguments)[0].routing
-    every_ND = np.concatenate([x_TD] * config.experts.count)
-    out_ND, _ = experts_forward(every_ND, 12 * np.arange(config.experts.count + 1), params, config.experts)
     weight_TE = np.zeros((12, config.experts.count))
     np.add.at(weight_TE, (np.arange(12)[:, None], routing.expert), routing.gate)
+    every_ND = np.concatenate([x_TD] * config.experts.count)
+    if config.experts.gate_inputs:
+        every_ND, weight_TE = every_ND * weight_TE.T.reshape(-1, 1), (weight_TE != 0).astype(float)
+    out_ND, _ = experts_forward(every_ND, 12 * np.arange(config.experts.count + 1), params, config.experts)
     expected_TD = np.einsum("te,etd->td", weight_TE, out_ND.reshape(config.experts.count, 12, -1))
     np.testing.assert_allclose(apply_experts(x_TD, routing, params, config), expected_TD, rtol=1e-12, atol=1e-12)

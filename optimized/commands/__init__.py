@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-COMMANDS = ("tour", "parity", "train", "sample", "model", "status")
+COMMANDS = ("tour", "parity", "bench", "train", "sample", "model", "status")
 
 
 class Result(NamedTuple):
