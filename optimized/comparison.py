@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from reference import moe_forward, presets
-from reference.config import MoEConfig
 from reference.choices import choose
+from reference.config import MoEConfig
 from reference.layer import BUFFERS, init_params
 from reference.proof.cases import Case, Inputs, draw
 from reference.proof.equal import Report, assert_equal, compare_all, round_to

@@ -331,6 +331,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[override]
         needs = ctx.needs_input_grad
-        x, gate, up, down, up_bias, down_bias, *sorted_rows = ctx.saved_tensors
-        gradients = experts_backward(dy, x, gate, up, down, up_bias, down_bias, *sorted_rows, ctx.activation, any(needs[2:6]))
+        x, gate, up, down, up_bias, down_bias, pre, order, bounds = ctx.saved_tensors
+        weights = (up, down, up_bias, down_bias)
+        gradients = experts_backward(dy, x, gate, *weights, pre, order, bounds, ctx.activation, any(needs[2:6]))
         return *(value if need else None for value, need in zip(gradients, needs, strict=False)), None, None, None, None

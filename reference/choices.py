@@ -7,14 +7,14 @@ does, a token may have any number of experts: then K is E, best first, and `pick
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .capacity import position_in_expert
 from .config import GatingConfig, require
 from .gating import limit_to_groups, top_k
-from .tokens import Draws, TokenInfo
+from .tokens import TokenInfo
 
 Chosen = tuple[np.ndarray, np.ndarray]
 
@@ -28,11 +28,11 @@ class ChoiceContext(NamedTuple):
     draws, training             random numbers; what is drawn or balanced, is so in training only
     """
 
-    logits_TE: np.ndarray | None = None
-    probability_TE: np.ndarray | None = None
-    slots_B: np.ndarray | None = None
-    hash_table: np.ndarray | None = None
-    draws: Draws | None = None
+    logits_TE: Any = None
+    probability_TE: Any = None
+    slots_B: Any = None
+    hash_table: Any = None
+    draws: Any = None
     training: bool = False
 
 
@@ -98,7 +98,8 @@ def choose_by_hash(choice_TE: np.ndarray, config: GatingConfig, tokens: TokenInf
     Raises: ValueError without token ids, for an id beyond the table, or a table that names no expert.
     """
     table, ids_T = context.hash_table, tokens.token_ids_T
-    require(ids_T is not None, "gating.choice is 'hash', which looks token ids up: pass token_ids=")
+    if ids_T is None:
+        raise ValueError("gating.choice is 'hash', which looks token ids up: pass token_ids=")
     real_ids = ids_T[tokens.real_T]
     low, high = real_ids.min(initial=0), real_ids.max(initial=0)
     require(low >= 0 and high < len(table), f"token_ids has ids {low} … {high}; router.hash_table has {len(table)} rows")

@@ -25,7 +25,7 @@ class Noisy(NamedTuple):
     """Logits with their noise: clean_TE + standard normal ⊙ deviation_TE; deviation_TE is None where nothing was drawn."""
 
     noisy_TE: np.ndarray
-    deviation_TE: np.ndarray | None
+    deviation_TE: Any
 
 
 class NoiseCache(NamedTuple):
@@ -160,7 +160,7 @@ class SmoothLoadCache(NamedTuple):
 
     clean_TE: np.ndarray | None
     noisy_TE: np.ndarray | None
-    deviation_TE: np.ndarray | None
+    deviation_TE: Any
 
 
 def smooth_load_forward(inputs: LossInputs) -> tuple[np.ndarray, SmoothLoadCache]:

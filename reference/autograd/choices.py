@@ -16,7 +16,7 @@ from .. import choices as numpy_choices
 from ..config import GatingConfig, require
 from .capacity import position_in_expert
 from .gating import limit_to_groups, top_k
-from .tokens import Draws, TokenInfo, checks_values, on_host
+from .tokens import TokenInfo, checks_values, on_host
 
 Chosen = tuple[Tensor, Tensor]
 
@@ -24,11 +24,11 @@ Chosen = tuple[Tensor, Tensor]
 class ChoiceContext(NamedTuple):
     """What a rule may see beside the scores: the fields of `reference.choices.ChoiceContext`; slots_B None: room for all."""
 
-    logits_TE: Tensor | None = None
-    probability_TE: Tensor | None = None
-    slots_B: Tensor | None = None
-    hash_table: Tensor | None = None
-    draws: Draws | None = None
+    logits_TE: Any = None
+    probability_TE: Any = None
+    slots_B: Any = None
+    hash_table: Any = None
+    draws: Any = None
     training: bool = False
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class Noisy(NamedTuple):
     """Logits with their noise: clean_TE + standard normal ⊙ deviation_TE; deviation_TE is None where nothing was drawn."""
 
     noisy_TE: Tensor
-    deviation_TE: Tensor | None
+    deviation_TE: Any
 
 
 def standard_normal(draws: Draws, name: str, like_TE: Tensor) -> Tensor:
