@@ -24,7 +24,8 @@ ORDERS = 8
 # Which axis of each parameter is the model width D; every leaf has to be named, because one left out would be an error and not an order.
 D_AXIS: Mapping[str, int | None] = {
     "weight": -1, "bias": None, "correction_bias": None, "gate_up_proj": -1, "up_proj": -1, "down_proj": -2,
-    "gate_up_proj_bias": None, "up_proj_bias": None, "down_proj_bias": -1,
+    "gate_up_proj_bias": None, "up_proj_bias": None, "down_proj_bias": -1, "gate": -1, "gate_bias": None,
+    "noise_weight": -1, "expert_scale": None, "hash_table": None, "penalty": None,
 }  # fmt: skip
 
 

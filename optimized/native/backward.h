@@ -1,0 +1,155 @@
+/* The backward pass in one storage type: two phases, between which all threads meet.
+ *
+ *   hidden    items are (expert, some panels): dh' = dy W_down, of which (h, du) = the activation's gradient for g dh', and ⟨dh', h⟩
+ *   the rest  dx_t = Σ_k du W_up, as y in the forward; dW_up = duᵀ x and dW_down = dyᵀ (g h), an item being rows of one expert's
+ *             gradient; dg = ⟨dh', h⟩ + ⟨dy, b_down⟩
+ *
+ * With the gate on the hidden layer no expert's output is needed again, and none is kept.
+ */
+
+/* Columns of W as they lie in memory: B of dh' = dy W_down, and of dx = du W_up. */
+static const elem *TYPE(dhidden_panel)(const struct plan *plan, long expert, long number, elem *room) {
+    const long D = plan->shape.d_model, F = plan->shape.width, first = number * WIDTH;
+    const matrix down = {(const elem *)plan->call->down + expert * D * F, F, NULL};
+    TYPE(pack_rows)(room, WIDTH, down, D, first, F - first < WIDTH ? F - first : WIDTH);
+    return room;
+}
+
+static const elem *TYPE(dx_panel)(const struct plan *plan, long expert, long number, elem *room) {
+    const long D = plan->shape.d_model, M = plan->shape.pre_width, first = number * WIDTH;
+    const matrix up = {(const elem *)plan->call->up + expert * M * D, D, NULL};
+    TYPE(pack_rows)(room, WIDTH, up, M, first, D - first < WIDTH ? D - first : WIDTH);
+    return room;
+}
+
+/* From dh' of one panel: g h and du for the products that follow, and this panel's part of ⟨dh', h⟩. */
+static void TYPE(differentiate)(const struct plan *plan, const float *c, long number, long first, long rows) {
+    const struct shape *shape = &plan->shape;
+    const long F = shape->width, at = number * WIDTH, columns = F - at < WIDTH ? F - at : WIDTH;
+    for (long r = first; r < first + rows; r++, c += WIDTH) {
+        const elem *pre = (const elem *)plan->call->pre + r * shape->pre_width + at;
+        elem *hidden = (elem *)plan->hidden + r * plan->hidden_stride + at, *dpre = (elem *)plan->dpre + r * plan->dpre_stride + at;
+        vec part = {0}, gate = splat(plan->rows.gate[r]);
+        for (long j = 0; j < columns; j += LANES) {
+            vec dh = load(c + j), u = shape->gated ? TYPE(get)(pre + F + j, columns - j) : (vec){0};
+            struct gradient g = plan->activation->gradient(TYPE(get)(pre + j, columns - j), u, gate * dh);
+            part += dh * g.h; /* beyond the last column dh is 0, because the panel is */
+            TYPE(put)(hidden + j, gate * g.h, columns - j);
+            TYPE(put)(dpre + j, g.da, columns - j);
+            if (shape->gated) TYPE(put)(dpre + F + j, g.du, columns - j);
+        }
+        plan->dots[r * shape->hidden_panels + number] = sum_lanes(part);
+    }
+}
+
+static void TYPE(hidden_item)(void *given, const struct item *item, int worker) {
+    const struct plan *plan = given;
+    const TYPE(scratch) room = TYPE(scratch_of)(plan, worker);
+    const matrix dy = TYPE(by_token)(plan, plan->dy, 0);
+    const int32_t *bounds = plan->call->bounds + item->expert;
+    for (long number = item->first; number < item->last; number++) {
+        const elem *panel = TYPE(dhidden_panel)(plan, item->expert, number, room.panel);
+        for (long r = bounds[0]; r < bounds[1]; r += CHUNK) {
+            long rows = bounds[1] - r < CHUNK ? bounds[1] - r : CHUNK;
+            TYPE(multiply)(dy, r, rows, panel, plan->shape.d_model, room.c);
+            TYPE(differentiate)(plan, room.c, number, r, rows);
+        }
+    }
+}
+
+static void TYPE(dx_item)(void *given, const struct item *item, int worker) {
+    const struct plan *plan = given;
+    const TYPE(spreading) dx = {
+        {plan->dpre, plan->dpre_stride, NULL}, plan->shape.pre_width, TYPE(dx_panel), NULL, NULL, plan->call->dx,
+    };
+    TYPE(spread)(plan, item, worker, &dx);
+}
+
+/* dW = Aᵀ B over the rows of an expert, rows first … last − 1 of it: columns of A become rows of A's block, so that the product above
+ * serves here too. Without rows the gradient is exactly 0. */
+static void TYPE(weight_rows)(elem *dw, matrix a, matrix b, long rows, long columns, const struct item *item, TYPE(scratch) room) {
+    const long count = item->last - item->first;
+    if (rows == 0) {
+        memset(dw + item->first * columns, 0, count * columns * sizeof *dw);
+        return;
+    }
+    const elem *from[CHUNK];
+    for (long i = 0; i < count; i++) from[i] = room.block + i * PER_UNIT;
+    TYPE(pack_rows)(room.block, CHUNK, a, rows, item->first, count);
+    for (long first = 0; first < columns; first += WIDTH) {
+        const long wide = columns - first < WIDTH ? columns - first : WIDTH;
+        TYPE(pack_rows)(room.panel, WIDTH, b, rows, first, wide);
+        TYPE(product)(from, CHUNK * PER_UNIT, count, room.panel, TYPE(units)(rows), room.c);
+        for (long i = 0; i < count; i++)
+            for (long j = 0; j < wide; j += LANES)
+                TYPE(put)(dw + (item->first + i) * columns + first + j, load(room.c + i * WIDTH + j), wide - j);
+    }
+}
+
+/* db = Σ weight · row over the rows of an expert, for the columns of an item; c is room for their sums. */
+static void TYPE(bias_part)(elem *db, matrix a, const float *weight, long rows, const struct item *item, float *c) {
+    const long count = item->last - item->first;
+    memset(c, 0, (CHUNK + LANES) * sizeof *c);
+    for (long r = 0; r < rows; r++)
+        for (long j = 0; j < count; j += LANES)
+            store(c + j, load(c + j) + splat(weight ? weight[r] : 1.0f) * TYPE(get)(TYPE(row)(a, r) + item->first + j, count - j));
+    for (long j = 0; j < count; j += LANES) TYPE(put)(db + item->first + j, load(c + j), count - j);
+}
+
+static void TYPE(dup_item)(void *given, const struct item *item, int worker) {
+    const struct plan *plan = given;
+    const TYPE(scratch) room = TYPE(scratch_of)(plan, worker);
+    const long D = plan->shape.d_model, M = plan->shape.pre_width, e = item->expert;
+    const long start = plan->call->bounds[e], rows = plan->call->bounds[e + 1] - start;
+    const matrix dpre = {(const elem *)plan->dpre + start * plan->dpre_stride, plan->dpre_stride, NULL};
+    TYPE(weight_rows)((elem *)plan->call->dup + e * M * D, dpre, TYPE(by_token)(plan, plan->x, start), rows, D, item, room);
+    if (plan->call->dup_bias) TYPE(bias_part)((elem *)plan->call->dup_bias + e * M, dpre, NULL, rows, item, room.c);
+}
+
+static void TYPE(ddown_item)(void *given, const struct item *item, int worker) {
+    const struct plan *plan = given;
+    const TYPE(scratch) room = TYPE(scratch_of)(plan, worker);
+    const long D = plan->shape.d_model, F = plan->shape.width, e = item->expert;
+    const long start = plan->call->bounds[e], rows = plan->call->bounds[e + 1] - start;
+    const matrix hidden = {(const elem *)plan->hidden + start * plan->hidden_stride, plan->hidden_stride, NULL};
+    const matrix dy = TYPE(by_token)(plan, plan->dy, start);
+    TYPE(weight_rows)((elem *)plan->call->ddown + e * D * F, dy, hidden, rows, F, item, room);
+    if (plan->call->ddown_bias)
+        TYPE(bias_part)((elem *)plan->call->ddown_bias + e * D, dy, plan->rows.gate + start, rows, item, room.c);
+}
+
+/* The gates' gradient from the parts that the panels left, in the order of the panels; a dropped assignment's is exactly 0. */
+static void TYPE(gate_item)(void *given, const struct item *item, int worker) {
+    const struct plan *plan = given;
+    const struct moebius_call *call = plan->call;
+    const long D = plan->shape.d_model, panels = plan->shape.hidden_panels;
+    (void)worker;
+    for (long n = plan->rows.count; n < call->tokens * call->slots; n++) call->dgate[call->order[n]] = 0;
+    for (long e = item->first; e < item->last; e++) {
+        const elem *bias = call->down_bias ? (const elem *)call->down_bias + e * D : NULL;
+        for (long r = call->bounds[e]; r < call->bounds[e + 1]; r++) {
+            float total = 0;
+            for (long number = 0; number < panels; number++) total += plan->dots[r * panels + number];
+            vec more = {0};
+            const elem *dy = TYPE(row)(TYPE(by_token)(plan, plan->dy, 0), r);
+            for (long j = 0; j < D && bias; j += LANES) more += TYPE(get)(dy + j, D - j) * TYPE(get)(bias + j, D - j);
+            call->dgate[call->order[r]] = total + sum_lanes(more);
+        }
+    }
+}
+
+static void TYPE(backward)(struct plan *plan) {
+    add_expert_items(plan, TYPE(hidden_item), plan->shape.hidden_panels);
+    run_items(plan);
+    add_column_items(plan, TYPE(dx_item)); /* the longest items first, so that no thread is left with one at the end */
+    if (plan->call->dup) {
+        add_block_items(plan, TYPE(dup_item), plan->shape.pre_width);
+        add_block_items(plan, TYPE(ddown_item), plan->shape.d_model);
+    }
+    add_item(plan, (struct item){TYPE(gate_item), 0, 0, (int32_t)plan->call->experts, 0, 0});
+    run_items(plan);
+}
+
+#undef elem
+#undef matrix
+#undef PER_UNIT

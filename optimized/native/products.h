@@ -1,0 +1,180 @@
+/* Matrix products in one storage type. Included once per type, with TYPE(name) giving names of their own and
+ *
+ *   STORED_BF16   0: elements are fp32, 1: they are bf16 and sums are fp32
+ *
+ * Every product of the layer, forward and backward, is the same three steps: bring a few columns of B into a panel, multiply rows of
+ * A with the panel, and let the caller do something with the sums while they are in the cache.
+ *
+ * unit    what one step of the inner loop takes from a row: an element, or a pair of bf16 where the machine multiplies pairs
+ * panel   WIDTH columns of B, unit by unit: panel[k][column]. It is read from front to back, which is all that a memory likes
+ */
+
+#if STORED_BF16 && HAS_BF16_DOT
+#define PER_UNIT 2
+#else
+#define PER_UNIT 1
+#endif
+
+#if STORED_BF16
+typedef uint16_t TYPE(elem);
+#else
+typedef float TYPE(elem);
+#endif
+#define elem TYPE(elem)
+
+/* Rows of a matrix; with an index, those rows in that order. */
+typedef struct { const elem *at; long stride; const int32_t *index; } TYPE(matrix);
+#define matrix TYPE(matrix)
+
+INLINE const elem *TYPE(row)(matrix m, long row) { return m.at + (m.index ? m.index[row] : row) * m.stride; }
+
+INLINE long TYPE(units)(long elements) { return (elements + PER_UNIT - 1) / PER_UNIT; }
+INLINE long TYPE(padded)(long elements) { return TYPE(units)(elements) * PER_UNIT; }
+
+/* Elements to fp32 and back; the first `count` of a vector where it overhangs the end of a row. */
+INLINE vec TYPE(get)(const elem *from, long count) {
+#if STORED_BF16
+    hvec v = {0};
+#else
+    vec v = {0};
+#endif
+    if (count >= LANES) memcpy(&v, from, sizeof v);
+    else memcpy(&v, from, count * sizeof *from);
+#if STORED_BF16
+    return widen(v);
+#else
+    return v;
+#endif
+}
+
+INLINE void TYPE(put)(elem *to, vec value, long count) {
+#if STORED_BF16
+    hvec v = narrow(value);
+#else
+    vec v = value;
+#endif
+    if (count >= LANES) memcpy(to, &v, sizeof v);
+    else memcpy(to, &v, count * sizeof *to);
+}
+
+/* The three operations of the inner loop: a unit of A in every lane, a vector of units of B, and their product added to a sum. */
+#if STORED_BF16 && HAS_BF16_DOT
+typedef __m512bh TYPE(operand);
+INLINE __m512bh TYPE(broadcast)(const elem *a) { int32_t pair; memcpy(&pair, a, 4); return (__m512bh)_mm512_set1_epi32(pair); }
+INLINE __m512bh TYPE(fetch)(const elem *b) { return (__m512bh)_mm512_loadu_si512(b); }
+INLINE vec TYPE(multiply_add)(vec sum, __m512bh a, __m512bh b) { return (vec)_mm512_dpbf16_ps((__m512)sum, a, b); }
+#else
+typedef vec TYPE(operand);
+INLINE vec TYPE(broadcast)(const elem *a) {
+#if STORED_BF16
+    return (vec)((uvec){0} + ((uint32_t)*a << 16));
+#else
+    return splat(*a);
+#endif
+}
+INLINE vec TYPE(fetch)(const elem *b) { return TYPE(get)(b, LANES); }
+INLINE vec TYPE(multiply_add)(vec sum, vec a, vec b) { return sum + a * b; }
+#endif
+
+/* A register tile: `rows` rows of A times one panel. rows · STRIPES sums stay in registers for the whole loop; with 6 × 4 of the 32
+ * registers of AVX-512 and NEON, or 6 × 2 of 16, the loop computes more than it loads. Each sum runs over k in order, whatever the
+ * number of rows beside it, so no result depends on how rows were grouped. `add`: to what c holds. */
+INLINE void TYPE(tile)(
+    int rows, const elem *const *a, long step, const elem *panel, long count, float *c, int add, const elem *ahead) {
+    vec sum[TILE_ROWS][STRIPES];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < STRIPES; j++) sum[i][j] = (vec){0};
+    for (long k = 0, at = 0; k < count; k++, at += step, panel += WIDTH * PER_UNIT) {
+        TYPE(operand) b[STRIPES];
+        if (ahead) __builtin_prefetch(ahead + k * (WIDTH * PER_UNIT / SLICES));
+#pragma GCC unroll 8
+        for (int j = 0; j < STRIPES; j++) b[j] = TYPE(fetch)(panel + j * LANES * PER_UNIT);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            TYPE(operand) x = TYPE(broadcast)(a[i] + at);
+#pragma GCC unroll 8
+            for (int j = 0; j < STRIPES; j++) sum[i][j] = TYPE(multiply_add)(sum[i][j], x, b[j]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < STRIPES; j++, c += LANES) store(c, add ? load(c) + sum[i][j] : sum[i][j]);
+}
+
+/* The number of rows must be a constant for the sums to live in registers; so must whether there is something to fetch ahead. */
+static void TYPE(some_rows)(
+    int rows, const elem *const *a, long step, const elem *panel, long count, float *c, int add, const elem *ahead) {
+    switch (rows) {
+    case 1: TYPE(tile)(1, a, step, panel, count, c, add, NULL); break;
+    case 2: TYPE(tile)(2, a, step, panel, count, c, add, NULL); break;
+    case 3: TYPE(tile)(3, a, step, panel, count, c, add, NULL); break;
+    case 4: TYPE(tile)(4, a, step, panel, count, c, add, NULL); break;
+    case 5: TYPE(tile)(5, a, step, panel, count, c, add, NULL); break;
+    case 5 + FETCHING: TYPE(tile)(5, a, step, panel, count, c, add, ahead); break;
+    case 6: TYPE(tile)(6, a, step, panel, count, c, add, NULL); break;
+    case 6 + FETCHING: TYPE(tile)(6, a, step, panel, count, c, add, ahead); break;
+    }
+}
+
+/* c[rows][WIDTH] = A · panel over `count` units, for at most CHUNK rows; unit k of row i is at a[i] + k · step.
+ * A part of the panel that stays in the cache serves all rows before the next part is read; and a long sum made of the sums of its
+ * parts has a smaller rounding error than one that runs through. Where there are enough tiles, each fetches a slice of the next part,
+ * which follows in memory, so that no tile waits for it. */
+static void TYPE(product)(const elem *const *a, long step, long rows, const elem *panel, long count, float *c) {
+    const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (long k = 0; k < count || k == 0; k += DEPTH) {
+        const long part = count - k < DEPTH ? count - k : DEPTH;
+        const elem *here = panel + k * WIDTH * PER_UNIT;
+        for (long r = 0, t = 0; t < tiles; t++) {
+            const int take = (int)((rows - r + tiles - t - 1) / (tiles - t)); /* 7 rows are 4 + 3, not 6 + 1: short tiles waste loads */
+            const int fetching = tiles >= SLICES && t < SLICES && take >= 5 ? FETCHING : 0;
+            const elem *from[TILE_ROWS];
+            for (int i = 0; i < take; i++) from[i] = a[r + i] + k * step;
+            TYPE(some_rows)(take + fetching, from, step, here, part, c + r * WIDTH, k > 0, here + (SLICES + t) * part * (WIDTH * PER_UNIT / SLICES));
+            r += take;
+        }
+    }
+}
+
+/* panel[k][j] = source[row k][first + j] for j < columns, 0 up to `wide`: B as it lies in memory, or columns of A for a product over rows.
+ * Where units are pairs, rows 2k and 2k + 1 are interleaved, and a last odd row is paired with zeros. */
+static void TYPE(pack_rows)(elem *restrict panel, long wide, matrix source, long rows, long first, long columns) {
+    for (long k = 0; k < rows; k += PER_UNIT, panel += wide * PER_UNIT) {
+        const elem *even = TYPE(row)(source, k) + first;
+#if PER_UNIT == 2
+        const elem *odd = k + 1 < rows ? TYPE(row)(source, k + 1) + first : NULL;
+        if (odd)
+            for (long j = 0; j < columns; j++) panel[2 * j] = even[j], panel[2 * j + 1] = odd[j];
+        else
+            for (long j = 0; j < columns; j++) panel[2 * j] = even[j], panel[2 * j + 1] = 0;
+#else
+        memcpy(panel, even, columns * sizeof *panel);
+#endif
+        if (columns < wide) memset(panel + columns * PER_UNIT, 0, (wide - columns) * PER_UNIT * sizeof *panel);
+    }
+}
+
+/* panel[k][j] = rows[j][k], 0 for a row that is NULL: B lies in memory as its transpose, as weights do that are stored [out, in]. */
+static void TYPE(pack_transposed)(elem *panel, const elem *const rows[WIDTH], long elements) {
+    enum { UNIT_BYTES = PER_UNIT * sizeof(elem) };
+    const long whole = UNIT_BYTES == 4 ? elements / PER_UNIT / LANES * LANES : 0;
+    for (int j = 0; j < WIDTH && whole; j += LANES)
+        for (long k = 0; k < whole; k += LANES) {
+            uvec square[LANES];
+            for (int i = 0; i < LANES; i++) {
+                square[i] = (uvec){0};
+                if (rows[j + i]) memcpy(&square[i], rows[j + i] + k * PER_UNIT, sizeof *square);
+            }
+            transpose(square);
+            for (int i = 0; i < LANES; i++) memcpy(panel + ((k + i) * WIDTH + j) * PER_UNIT, &square[i], sizeof *square);
+        }
+    for (long k = whole; k < TYPE(units)(elements); k++)
+        for (int j = 0; j < WIDTH; j++)
+            for (int half = 0; half < PER_UNIT; half++) {
+                long at = k * PER_UNIT + half;
+                panel[(k * WIDTH + j) * PER_UNIT + half] = rows[j] && at < elements ? rows[j][at] : 0;
+            }
+}

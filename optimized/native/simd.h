@@ -1,0 +1,119 @@
+/* Vectors of fp32 for whatever machine the compiler targets, in the vector extensions that GCC and Clang share.
+ *
+ * LANES    numbers in a vector
+ * STRIPES  vectors side by side in a register tile: as many as the register file holds, see products.h
+ *
+ * MOEBIUS_PLAIN asks for vectors of four without any instruction set in mind: it is what an unknown machine gets.
+ */
+#ifndef MOEBIUS_SIMD_H
+#define MOEBIUS_SIMD_H
+#include <stdint.h>
+#include <string.h>
+
+#if defined(MOEBIUS_PLAIN)
+#define INSTRUCTION_SET "plain"
+#define LANES 4
+#define STRIPES 2
+#elif defined(__AVX512F__)
+#define INSTRUCTION_SET "avx512"
+#define LANES 16
+#define STRIPES 4
+#elif defined(__AVX2__) && defined(__FMA__)
+#define INSTRUCTION_SET "avx2"
+#define LANES 8
+#define STRIPES 2
+#elif defined(__aarch64__)
+#define INSTRUCTION_SET "neon"
+#define LANES 4
+#define STRIPES 4
+#else
+#define INSTRUCTION_SET "plain"
+#define LANES 4
+#define STRIPES 2
+#endif
+
+#if defined(__AVX512BF16__) && !defined(MOEBIUS_PLAIN) && !defined(MOEBIUS_NO_DOT)
+#define HAS_BF16_DOT 1
+#include <immintrin.h>
+#else
+#define HAS_BF16_DOT 0
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
+
+INLINE vec splat(float value) { return value - (vec){0}; }
+
+/* memcpy is how C spells an unaligned load; it compiles to one instruction. */
+INLINE vec load(const float *from) { vec v; memcpy(&v, from, sizeof v); return v; }
+INLINE void store(float *to, vec v) { memcpy(to, &v, sizeof v); }
+
+/* where yes has all bits set: a, else b. C has no ?: for vectors. */
+INLINE vec choose(ivec yes, vec a, vec b) { return (vec)((yes & (ivec)a) | (~yes & (ivec)b)); }
+
+INLINE float sum_lanes(vec v) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+}
+
+/* bf16 is the upper half of fp32. Rounding is to nearest, ties to even; a NaN stays one, whatever its lower half held. */
+INLINE vec widen(hvec half) { return (vec)(__builtin_convertvector(half, uvec) << 16); }
+INLINE hvec narrow(vec v) {
+    uvec bits = (uvec)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    rounded = (uvec)choose(v != v, (vec)((bits | 0x400000)), (vec)rounded);
+    return __builtin_convertvector(rounded >> 16, hvec);
+}
+
+/* e^x to about one unit in the last place: 2^n from the exponent bits times a polynomial on |r| ≤ ln(2) / 2.
+ * Comparisons with a NaN are false, so a NaN passes the limits and comes out as one. */
+INLINE vec exponential(vec x) {
+    x = choose(x > splat(88.0f), splat(88.0f), x);
+    x = choose(x < splat(-87.0f), splat(-87.0f), x);
+    const vec shift = splat(12582912.0f); /* 1.5 · 2^23: adding it rounds to an integer */
+    vec n = (x * 1.44269504f + shift) - shift;
+    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact in few bits */
+    vec p = splat(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    return p * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
+}
+
+/* Transpose a square of LANES × LANES 32-bit numbers. Interleaving row i with row i + LANES/2 moves the highest bit of the row
+ * number to the lowest bit of the column number; after log2(LANES) rounds rows and columns have changed places. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (uvec){__VA_ARGS__})
+#endif
+#if LANES == 16
+#define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif LANES == 8
+#define LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOW_HALVES 0, 4, 1, 5
+#define HIGH_HALVES 2, 6, 3, 7
+#endif
+
+INLINE void transpose(uvec square[LANES]) {
+    uvec turned[LANES];
+    for (int round = 1; round < LANES; round *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) {
+            turned[2 * i] = SHUFFLE(square[i], square[i + LANES / 2], LOW_HALVES);
+            turned[2 * i + 1] = SHUFFLE(square[i], square[i + LANES / 2], HIGH_HALVES);
+        }
+        memcpy(square, turned, sizeof turned);
+    }
+}
+#endif
