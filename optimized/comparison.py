@@ -20,14 +20,16 @@ import torch
 from numpy.typing import NDArray
 
 from reference import moe_forward, presets
-from reference.choices import choose
+from reference.choices import ChoiceContext
 from reference.config import MoEConfig
 from reference.layer import BUFFERS, init_params
 from reference.proof.cases import Case, Inputs, draw
 from reference.proof.equal import Report, assert_equal, compare_all, round_to
 from reference.proof.parity import cancellation_scales, layer_truth
 from reference.proof.teeth import assert_teeth, tensor_mutations
-from reference.tokens import token_info
+from reference.routing import decide
+from reference.scores import SCORE_FUNCTIONS
+from reference.tokens import Draws, token_info
 
 from .tracks import TRACKS, TRUTH, YARDSTICK, Conditions, Outcome, Track
 from .yardstick import eager_outputs
@@ -167,7 +169,9 @@ def _choice_failures(inputs: Inputs, free: Outcome, conditions: Conditions) -> l
     tokens = token_info(len(inputs.x), group_ids=conditions.group_ids, pad_mask=inputs.pad_mask)
     bias = inputs.params.get("router.correction_bias")
     bias = None if bias is None else bias.astype(routing.scores.dtype)
-    expert_TK, _ = choose(routing.scores, bias, inputs.config.gating, tokens)
+    probability_TE, _ = SCORE_FUNCTIONS[inputs.config.scores.function].probability_forward(routing.scores)
+    context = ChoiceContext(routing.logits, probability_TE, None, inputs.params.get("router.hash_table"), Draws(None))
+    expert_TK = decide(routing.scores, bias, inputs.config, tokens, context).expert_TK
     wrong = np.flatnonzero(np.any(expert_TK != routing.expert, axis=1))
     if not len(wrong):
         return []

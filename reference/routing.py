@@ -119,8 +119,8 @@ class Decision(NamedTuple):
     load_E: np.ndarray
 
 
-def _decide(scores_TE: np.ndarray, bias: np.ndarray | None, config: MoEConfig, tokens: TokenInfo, context: ChoiceContext) -> Decision:
-    """Choice, second choice, drop, recycling."""
+def decide(scores_TE: np.ndarray, bias: np.ndarray | None, config: MoEConfig, tokens: TokenInfo, context: ChoiceContext) -> Decision:
+    """The discrete half of a pass, for given scores [T, E]: choice, second choice, drop, recycling."""
     training, draws, experts = context.training, context.draws, config.experts.count
     slots_B = group_capacity(config.capacity, config.gating.top_k, experts, tokens, training=training)
     chosen_TK, picked_TK = choose(scores_TE, bias, config.gating, tokens, context._replace(slots_B=slots_B))
@@ -164,7 +164,7 @@ def route_forward(
     bias = params.get("router.correction_bias") if gating.correction_bias else None
     context = ChoiceContext(noise.noisy_TE, probability_TE, None, params.get("router.hash_table"), draws, training)
     if replay is None:
-        chosen_TK, picked_TK, expert_TK, keep_TK, load_E = _decide(scores_TE, bias, config, tokens, context)
+        chosen_TK, picked_TK, expert_TK, keep_TK, load_E = decide(scores_TE, bias, config, tokens, context)
     else:
         chosen_TK, picked_TK, expert_TK, keep_TK, load_E = _replayed(replay, scores_TE, bias, config, tokens, context)
     gate_TK, gates_cache = gates_forward(scores_TE, expert_TK, gating, survivors(keep_TK) if gating.after_drop else None)
