@@ -160,7 +160,7 @@ def global_balance_forward(importance_E: np.ndarray, load_E: np.ndarray) -> tupl
     asks every micro-batch, and so every domain of the data, to be even by itself.
     Shapes: importance [E], `routing.importance` of the micro-batch; load [E], summed over micro-batches and ranks → (value, cache).
     Gradient: dP_e = E load_e / Σ load; the load is a count and has none.
-    Source: Qiu et al. 2025 (Demons in the Detail), §3.
+    Source: Qiu et al. 2025 (Demons in the Detail).
     Raises: ValueError for shapes that differ.
     """
     require(load_E.shape == importance_E.shape, f"load has shape {load_E.shape}, importance {importance_E.shape}")
@@ -266,7 +266,7 @@ BIAS_RULES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
 def max_violation(load_E: np.ndarray) -> float:
     """How much the busiest expert exceeds the mean (max-violation): max_e load_e / mean − 1, in [0, E − 1]; 0 without any load.
 
-    Source: Wang et al. 2024, §2.
+    Source: Wang et al. 2024, §4.1, eq. 4.
     """
     mean = load_E.mean()
     return float(load_E.max() / mean - 1) if mean > 0 else 0.0
@@ -292,7 +292,7 @@ def load_entropy(load_E: np.ndarray) -> float:
 def drop_rate_by_position(picked_TK: np.ndarray, keep_TK: np.ndarray, position_T: np.ndarray, bins: int) -> np.ndarray:
     """Share of assignments dropped, by the token's position in its sequence (drop-by-position): [bins], NaN where a bin is empty.
 
-    Positions 0 … max are cut into `bins` equal ranges. Source: OpenMoE (Xue et al. 2024), drop towards the end.
+    Positions 0 … max are cut into `bins` equal ranges. Source: OpenMoE (Xue et al. 2024), §4.3, drop towards the end.
     """
     bin_T = position_T * bins // (position_T.max(initial=0) + 1)
     picked = np.bincount(bin_T, picked_TK.sum(1), bins)

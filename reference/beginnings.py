@@ -175,7 +175,7 @@ def log_likelihood(model: Hierarchy, task: Task) -> float:
 
 
 def predict(model: Hierarchy, x_TD: np.ndarray) -> np.ndarray:
-    """The blend of all leaves (hierarchy): μ_t = Σ_g g_g Σ_i g_i|g μ_gi, [T]. Source: Jordan and Jacobs 1994, §2."""
+    """The blend of all leaves (hierarchy): μ_t = Σ_g g_g Σ_i g_i|g μ_gi, [T]. Source: Jordan and Jacobs 1994."""
     log_share_TGI = _log_softmax(x_TD @ model.top.T)[:, :, None] + _log_softmax(np.einsum("td,gid->tgi", x_TD, model.inner))
     return np.einsum("tgi,td,gid->t", np.exp(log_share_TGI), x_TD, model.expert)
 
@@ -185,7 +185,7 @@ def fit_gate(gate: np.ndarray, x_TD: np.ndarray, wanted_TE: np.ndarray, weight_T
 
     Shapes: gate [E, D]; wanted [T, E], the posterior; weight [T] → gate [E, D]. The function is concave and flat where all logits move
     together, and without a maximum where x tells the experts apart: the curvature is damped.
-    Source: Jordan and Jacobs 1994, §3: IRLS. Deviates: there a full step, which may descend.
+    Source: Jordan and Jacobs 1994: IRLS. Deviates: there a full step, which may descend.
     """
 
     def height(candidate: np.ndarray) -> float:
@@ -209,7 +209,7 @@ def em_step(model: Hierarchy, task: Task) -> Hierarchy:
     """One round of EM (hierarchy-em): posteriors h_gi, then experts by least squares weighted with h_gi, the variance, and both gates.
 
     The experts and the variance are at their maximum afterwards, the gates higher than before, so the likelihood never decreases.
-    Source: Jordan and Jacobs 1994, §3. Deviates: one variance for all experts, kept above 1e-6.
+    Source: Jordan and Jacobs 1994. Deviates: one variance for all experts, kept above 1e-6.
     """
     x_TD, target_T = task.x_TD, task.target_T
     joint_TGI = log_joint(model, task)

@@ -84,7 +84,7 @@ def batch_prioritized(gate_TK: np.ndarray, draws: Draws) -> np.ndarray:
     """All first choices, then all second ones, …, each round in order of the tokens' highest gate (order-batch-prioritized): [T·K].
 
     Not causal, like `by_probability`.
-    Source: Riquelme et al. 2021 (V-MoE), §4.1, batch prioritized routing.
+    Source: Riquelme et al. 2021 (V-MoE), batch prioritized routing.
     """
     slots = gate_TK.shape[1]
     best_first = np.argsort(-gate_TK.max(1, initial=-np.inf), kind="stable")
@@ -94,7 +94,7 @@ def batch_prioritized(gate_TK: np.ndarray, draws: Draws) -> np.ndarray:
 def in_random_order(gate_TK: np.ndarray, draws: Draws) -> np.ndarray:
     """All first choices, then all second ones, …, the tokens of each round in one random order, in training (order-random): [T·K].
 
-    Source: DeepSpeed-MoE (Rajbhandari et al. 2022), random token selection, there for K = 1.
+    Source: Kim et al. 2021 (multitask multilingual MoE, arXiv 2109.10465), random token selection; DeepSpeed, there for K = 1.
     Deviates: DeepSpeed draws in evaluation too, so that its output is not a function of its input.
     """
     slots = gate_TK.shape[1]

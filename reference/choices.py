@@ -81,7 +81,7 @@ def balanced_hash(vocabulary: int, config: GatingConfig, experts: int, rng: np.r
     """A frozen table of K different experts for each token id (hash-table), [V, K] int64, random and even.
 
     Every run of E shuffled ids takes each expert once for each of its K places, so the counts of a column differ by at most 1.
-    Source: Roller et al. 2021, §3. Deviates: their balanced hash weighs ids by their frequency in the training text.
+    Source: Roller et al. 2021. Deviates: their balanced hash weighs ids by their frequency in the training text.
     """
     turn = np.arange(experts)[:, None]
     blocks = [
@@ -94,7 +94,7 @@ def choose_by_hash(choice_TE: np.ndarray, config: GatingConfig, tokens: TokenInf
     """The experts that a frozen table holds for the token's id (choose-hash): e_tk = H[id_t, k]; the scores choose nothing.
 
     Gates may still be the scores of those experts.
-    Source: Roller et al. 2021, §3; with learned gates: DeepSeek-V4 in transformers.
+    Source: Roller et al. 2021; with learned gates: DeepSeek-V4 in transformers.
     Raises: ValueError without token ids, for an id beyond the table, or a table that names no expert.
     """
     table, ids_T = context.hash_table, tokens.token_ids_T

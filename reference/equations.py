@@ -68,7 +68,7 @@ ROUTERS = {
         r"e_{t1}, \dots, e_{tK} = \operatorname{top}K_e\, (z_{te} + c_e)", "reference.choices.choose_sinkhorn", "Unified scaling"),
     "choose-positive": Equation(r"\mathcal{E}_t = \{e : s_{te} > 0\}", "reference.choices.choose_positive", "ReMoE"),
     "survivors": Equation(
-        r"g_{tk} = \frac{s_{t, e_{tk}}}{\sum_{j : \text{keep}_{tj}} s_{t, e_{tj}}}", "reference.gating.survivors", "DeepSpeed-MoE"),
+        r"g_{tk} = \frac{s_{t, e_{tk}}}{\sum_{j : \text{keep}_{tj}} s_{t, e_{tj}}}", "reference.gating.survivors"),
     "expert-scale": Equation(r"g_{tk} \leftarrow g_{tk}\, \rho_{e_{tk}}", "reference.gating.expert_scale_forward"),
 
     "order-probability": Equation(
@@ -78,7 +78,7 @@ ROUTERS = {
         "reference.capacity.batch_prioritized", "V-MoE"),
     "order-random": Equation(
         r"(t, k) \prec (t', k') \iff k < k' \ \lor\ (k = k' \land u_t < u_{t'}), \quad u_t \sim \mathcal{U}(0, 1)",
-        "reference.capacity.in_random_order", "DeepSpeed-MoE"),
+        "reference.capacity.in_random_order", "Multitask MoE"),
     "lstm-parameters": Equation(r"4 (2 D^2 + D)", "reference.cost.lstm_parameters", "LSTM"),
     "recycle": Equation(
         r"e_t \leftarrow \text{free}_{\lfloor r_t n \rfloor}, \quad r_t \sim \mathcal{U}(0, 1)", "reference.capacity.recycle_at_random",

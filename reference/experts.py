@@ -25,7 +25,7 @@ def relu_backward(dhidden_NF: np.ndarray, cache: np.ndarray) -> np.ndarray:
 
 
 def relu2_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """h = max(u, 0)² (act-relu2): [N, F] → [N, F]. Gradient: du = 2 max(u, 0) dh. Source: So et al. 2021 (Primer), §3."""
+    """h = max(u, 0)² (act-relu2): [N, F] → [N, F]. Gradient: du = 2 max(u, 0) dh. Source: So et al. 2021 (Primer)."""
     return np.maximum(pre_NM, 0) ** 2, pre_NM
 
 

@@ -59,14 +59,15 @@ PAPERS = {
     "Primer": "So et al. 2021, Primer: Searching for Efficient Transformers for Language Modeling, arXiv:2109.08668",
     "Qwen2": "Yang et al. 2024, Qwen2 Technical Report, arXiv:2407.10671",
     "Llama 4": "Meta 2025, The Llama 4 herd (announcement), and the model card meta-llama/Llama-4-Scout-17B-16E",
-    "Global batch": "Qiu et al. 2025, Demons in the Detail: On Implementing Load Balancing Loss for Training Specialized MoE Models, "
-    "arXiv:2501.11873",
+    "Global batch": "Qiu et al. 2025, Demons in the Detail: On Implementing Load Balancing Loss for Training Specialized "
+    "Mixture-of-Expert Models, arXiv:2501.11873",
     "LongCat-Flash": "Meituan LongCat Team 2025, LongCat-Flash Technical Report, arXiv:2509.01322",
     "Kaplan": "Kaplan et al. 2020, Scaling Laws for Neural Language Models, arXiv:2001.08361",
     "Jacobs 1991": "Jacobs, Jordan, Nowlan and Hinton 1991, Adaptive Mixtures of Local Experts, Neural Computation 3(1)",
     "Jordan & Jacobs": "Jordan and Jacobs 1994, Hierarchical Mixtures of Experts and the EM Algorithm, Neural Computation 6(2)",
     "gpt-oss": "OpenAI 2025, gpt-oss-120b & gpt-oss-20b Model Card, arXiv:2508.10925",
     "DeepSpeed-MoE": "Rajbhandari et al. 2022, DeepSpeed-MoE: Advancing Mixture-of-Experts Inference and Training, arXiv:2201.05596",
+    "Multitask MoE": "Kim et al. 2021, Scalable and Efficient MoE Training for Multitask Multilingual Models, arXiv:2109.10465",
     "GELU": "Hendrycks and Gimpel 2016, Gaussian Error Linear Units, arXiv:1606.08415",
     "Shannon": "Shannon 1948, A Mathematical Theory of Communication, Bell System Technical Journal 27",
     "Phipson & Smyth": "Phipson and Smyth 2010, Permutation P-values Should Never Be Zero, Stat. Appl. Genet. Mol. Biol. 9(1)",

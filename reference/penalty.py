@@ -23,7 +23,7 @@ def gate_l1_forward(inputs: LossInputs) -> tuple[np.ndarray, GateL1Cache]:
 
     Without a lower bound but 0, where no expert is on: hence its weight is multiplied by a penalty that moves (`update_penalty`).
     Gradient: ds_te = f_e / T; f is a count and has none.
-    Source: Wang et al. 2024 (ReMoE), §3, its load-balancing L1 term.
+    Source: Wang et al. 2024 (ReMoE), §3.4, its load-balancing L1 term.
     Deviates: ReMoE averages over all layers and has one penalty for all; here each layer has its own.
     """
     scores_TE, real_T = inputs.scores_TE, inputs.tokens.real_T
@@ -47,7 +47,7 @@ def update_penalty(penalty: np.ndarray, load_E: np.ndarray, tokens: int, config:
     """The penalty [1] after one optimizer step (penalty-update): λ ← λ · α^sign(load / T − K): more while tokens use too many experts.
 
     Shapes: load [E] over the whole batch, all ranks and micro-batches; tokens: T, its real tokens → new penalty, in its dtype.
-    Source: Wang et al. 2024 (ReMoE), §3, with the sparsity S = 1 − load / (T E) against its target 1 − K / E; λ₀ = 1e-8, α = 1.2.
+    Source: Wang et al. 2024 (ReMoE), §3.3, with the sparsity S = 1 − load / (T E) against its target 1 − K / E; λ₀ = 1e-8, α = 1.2.
     Raises: ValueError for a load of another shape.
     """
     experts = config.experts.count

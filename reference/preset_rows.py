@@ -16,7 +16,7 @@ from .model_config import AttentionConfig
 ROUTERS: Mapping[str, Mapping[str, Any]] = {
     # MoE-256, the flat model of the loss study: an LSTM before the mixture (counted) and one after it, embeddings aside.
     "shazeer-2017": dict(
-        source="Shazeer et al. 2017 (arXiv 1701.06538), §C.1 and Table 7: MoE-256; loss weights: §4; vocabulary: One Billion Word data",
+        source="Shazeer et al. 2017 (arXiv 1701.06538), §C.1 and Table 7: MoE-256; vocabulary: §5.1",
         layers=1, vocabulary=793471, dense_width=1024, dense_activation="relu", attention=AttentionConfig("lstm"),
         moe=MoEConfig(
             512,
@@ -27,7 +27,7 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
         ),
     ),
     "glam-64b-64e": dict(
-        source="Du et al. 2021 (GLaM, arXiv 2112.06905), §3 and Table 4; loss weight: GShard's in mesh-tensorflow",
+        source="Du et al. 2021 (GLaM, arXiv 2112.06905): the table of model sizes, and the text for vocabulary and loss weight",
         layers=64, moe_every=2, vocabulary=256000, tied_embeddings=True, dense_width=32768, dense_activation="geglu",
         attention=AttentionConfig("gqa", 128, 128, 128, relative_buckets=32),
         moe=MoEConfig(
@@ -39,8 +39,8 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
         ),
     ),
     "st-moe-32b": dict(
-        source="Zoph et al. 2022 (ST-MoE, arXiv 2202.08906), §5 and §C; sizes: flaxformer's st_moe_32b configuration",
-        layers=24, encoder_layers=24, moe_every=4, extra_dense=True, vocabulary=32128, tied_embeddings=True,
+        source="Zoph et al. 2022 (ST-MoE, arXiv 2202.08906), §6.2, Table 11, §C and §G; layers, vocabulary, head: flaxformer's st_moe_32b",
+        layers=24, encoder_layers=24, moe_every=4, extra_dense=True, vocabulary=32128,
         dense_width=20480, dense_activation="geglu", attention=AttentionConfig("gqa", 64, 64, 128, relative_buckets=32),
         moe=MoEConfig(
             5120,
@@ -52,7 +52,7 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
     ),
     # The dense FFN beside the experts, which OpenMoE gives a norm of its own, is the shared expert.
     "openmoe-8b": dict(
-        source="Xue et al. 2024 (OpenMoE, arXiv 2402.01739), §3; sizes: openmoe_8b_config.json of ColossalAI",
+        source="Xue et al. 2024 (OpenMoE, arXiv 2402.01739), §2.2, Tables 11 and 12; capacity: openmoe_8b_config.json of ColossalAI",
         layers=24, moe_every=6, vocabulary=256384, tied_embeddings=True, dense_width=8192, attention=AttentionConfig("gqa", 24, 24, 128),
         moe=MoEConfig(
             2048,
@@ -63,7 +63,7 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
         ),
     ),
     "expert-choice-8b-64e": dict(
-        source="Zhou et al. 2022 (Expert Choice, arXiv 2202.09368), §3.2 and §4: EC-CF2; sizes: GLaM's 8B/64E (arXiv 2112.06905), Table 4",
+        source="Zhou et al. 2022 (Expert Choice, arXiv 2202.09368), §3.2, §3.4 and §4.1: EC-CF2; sizes: Table 1, 8B/64E",
         layers=32, moe_every=2, vocabulary=256000, tied_embeddings=True, dense_width=16384, dense_activation="geglu",
         attention=AttentionConfig("gqa", 32, 32, 128, relative_buckets=32),
         moe=MoEConfig(
@@ -74,7 +74,7 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
         ),
     ),
     "remoe-182m": dict(
-        source="Wang et al. 2024 (ReMoE, arXiv 2412.14711), §3 and §4; sizes: the scripts of thu-ml/ReMoE",
+        source="Wang et al. 2024 (ReMoE, arXiv 2412.14711), §3 and Table 1; FFN width and vocabulary: the scripts of thu-ml/ReMoE",
         layers=12, vocabulary=51200, dense_width=3072, attention=AttentionConfig("gqa", 12, 4, 64),
         moe=MoEConfig(
             768,

@@ -72,19 +72,22 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
         layers=12, encoder_layers=12, moe_every=2, vocabulary=32128, tied_embeddings=True, dense_width=3072, dense_activation="relu",
         attention=AttentionConfig("gqa", 12, 12, 64, relative_buckets=32), moe=_SWITCH,
     ),
+    # Table 9 has 32 heads; the released configuration and flaxformer have 30.
     "switch-c-2048": dict(
         like="switch-base-128",
-        source="Fedus et al. 2021 (Switch Transformer, arXiv 2101.03961), Table 9; capacity: flaxformer",
-        layers=15, encoder_layers=15, moe_every=1, dense_width=6144, attention=AttentionConfig("gqa", 32, 32, 64, relative_buckets=32),
+        source="Fedus et al. 2021 (Switch Transformer, arXiv 2101.03961), Table 9; capacity, separate head: flaxformer",
+        layers=15, encoder_layers=15, moe_every=1, tied_embeddings=False, dense_width=6144,
+        attention=AttentionConfig("gqa", 32, 32, 64, relative_buckets=32),
         moe=replace(
             _SWITCH, d_model=2080, experts=ExpertsConfig(2048, 6144, "relu"),
             capacity=CapacityConfig("per_token", factor=1.0, eval_factor=2.0),
         ),
     ),
+    # Table 9 prints 64 experts, but its 395 billion parameters are those of 128, and 128 are released.
     "switch-xxl-128": dict(
         like="switch-base-128",
-        source="Fedus et al. 2021 (Switch Transformer, arXiv 2101.03961), Table 9; card google/switch-xxl-128; capacity: flaxformer",
-        layers=24, encoder_layers=24, dense_width=10240, dense_activation="geglu",
+        source="Fedus et al. 2021 (Switch Transformer, arXiv 2101.03961), Table 9; card google/switch-xxl-128; capacity, head: flaxformer",
+        layers=24, encoder_layers=24, tied_embeddings=False, dense_width=10240, dense_activation="geglu",
         attention=AttentionConfig("gqa", 64, 64, 64, relative_buckets=32),
         moe=replace(
             _SWITCH, d_model=4096, experts=ExpertsConfig(128, 10240, "geglu"),

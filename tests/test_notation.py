@@ -111,7 +111,7 @@ def test_traced_shapes_agree_with_the_suffixes(name: str, rng: np.random.Generat
             rows_ECD = one_hot_dispatch(np.zeros((tokens, config.d_model)), slot_TKEC)
             one_hot_combine(rows_ECD, output.routing.gate, slot_TKEC)
     assert not trace.errors, "\n".join(trace.errors)
-    assert {"routing.py:_decide wanted_TK", "layer.py:moe_backward dx_TD", "dispatch.py:dispatch_forward bounds_P"} <= trace.seen
+    assert {"routing.py:decide wanted_TK", "layer.py:moe_backward dx_TD", "dispatch.py:dispatch_forward bounds_P"} <= trace.seen
 
 
 PLANTED = {

@@ -1,6 +1,6 @@
 """GLaM: GShard's top-2 gating in a decoder, with GELU experts in every other layer.
 
-Source: Du et al. 2021 (GLaM, arXiv 2112.06905), §3; the gating is that of Lepikhin et al. 2020 (GShard), algorithm 1.
+Source: Du et al. 2021 (GLaM, arXiv 2112.06905); the gating is that of Lepikhin et al. 2020 (GShard), algorithm 1.
 Specific: a token's two experts are weighted by their share of the two probabilities; experts are plain FFNs, dense layers gated ones.
 Deviates: the paper prints neither capacity factor nor loss weight; those of GShard are taken.
 """

@@ -1,6 +1,6 @@
 """OpenMoE: top-2 with plain probabilities, drops by position, and a dense FFN beside every mixture.
 
-Source: Xue et al. 2024 (OpenMoE, arXiv 2402.01739), §3.
+Source: Xue et al. 2024 (OpenMoE, arXiv 2402.01739), §2.2.
 Specific: who comes late in a sequence is dropped more often, which the paper measures; the dense FFN serves the dropped too.
 Deviates: the dense FFN has a norm of its own in OpenMoE; here it is the shared expert and reads what the router reads.
 """

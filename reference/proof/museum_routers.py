@@ -157,6 +157,6 @@ BUGS = (
         noise_added_in_place, drawn_choice, noise_leaves_the_logits_alone),
     Bug("softmax over the tokens", "near: Zhou et al. 2022, §3.2 (softmax over the experts, then the transpose)",
         picked_by_share_of_the_expert, picked_by_probability, experts_compare_tokens_by_probability),
-    Bug("hash table drawn again", "near: Roller et al. 2021, §3 (a fixed table)",
+    Bug("hash table drawn again", "near: Roller et al. 2021 (a fixed table)",
         table_drawn_again, saved_table, a_hash_table_outlives_its_process),
 )  # fmt: skip
