@@ -18,7 +18,7 @@ endif
 MOEBIUS := $(PY) -m optimized.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help install tour test model lint types parity bench status site site-build clean
+.PHONY: help install tour test model lint types parity bench notebooks status site site-build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -54,6 +54,9 @@ parity: $(INSTALLED)  ## every track against the reference
 
 bench: $(INSTALLED)  ## time the fast path against the limit and every peer (needs a quiet machine)
 	THP_MEM_ALLOC_ENABLE=1 $(MOEBIUS) bench --json docs/results/bench-cpu.json $(ARGS)
+
+notebooks: $(INSTALLED)  ## execute the notebooks and write them with their outputs
+	$(PY) notebooks/build.py $(ARGS)
 
 status: $(INSTALLED)  ## write the generated tables again
 	$(MOEBIUS) status $(ARGS)

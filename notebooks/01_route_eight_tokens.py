@@ -1,0 +1,182 @@
+# %% [markdown]
+# # 01 · Route eight tokens by hand
+#
+# A Mixture-of-Experts layer sends each token to a few of its experts. Here you route the eight words of one sentence through four
+# experts and can follow every number with a pencil. Two ideas are new: **the router's choice** and **capacity**.
+#
+# Before each result, write down what you expect, and only then run the cell.
+#
+# The example: {{reference/example.py}} · next to read: {{docs/chapters/capacity.md}}
+
+# %%
+import numpy as np
+
+from notebooks import plots
+from notebooks.checks import check
+from reference import example, moe_forward
+from reference.capacity import group_capacity
+from reference.dispatch import combine_forward, dispatch_forward
+from reference.experts import experts_forward
+from reference.gating import gates_forward, top_k
+from reference.scores import logits_forward, softmax_forward
+from reference.tokens import token_info
+
+x_TD, params, config = example.inputs(), example.params(), example.CONFIG
+for word, row in zip(example.WORDS, x_TD, strict=True):
+    print(f"{word:>7}  " + "  ".join(f"{name} {value:.1f}" for name, value in zip(example.EXPERTS, row, strict=True)))
+
+# %% [markdown]
+# Each word is four numbers: how much grammar, thing, action and place is in it. The four experts have the same names.
+#
+# ## 1 · Logits
+#
+# The router is one matrix with a row for each expert; a **logit** is the product of that row with the word
+# ({{reference.scores.logits_forward}}).
+#
+# **Predict.** The row of “action” is printed below together with the word “sat”. Compute their product.
+
+# %%
+weight = params["router.weight"]
+print("row of action:", weight[2], "  sat:", x_TD[2])
+
+# %%
+logits_TE, _ = logits_forward(x_TD, weight)
+print("            " + "".join(f"{name:>9}" for name in example.EXPERTS))
+for word, row in zip(example.WORDS, logits_TE, strict=True):
+    print(f"{word:>10}  " + "".join(f"{value:9.1f}" for value in row))
+
+# %% [markdown]
+# ## 2 · The choice
+#
+# Each token takes its K = 2 best experts ({{reference.gating.top_k}}). The best is its first choice.
+#
+# **Predict.** Go through the table above: what are the two choices of each word? How often is each expert chosen altogether?
+
+# %%
+expert_TK = top_k(logits_TE, config.gating.top_k)
+for word, (first, second) in zip(example.WORDS, expert_TK, strict=True):
+    print(f"{word:>7} → {example.EXPERTS[first]}, then {example.EXPERTS[second]}")
+
+# %% [markdown]
+# ## 3 · The gates
+#
+# A **gate** says how much a chosen expert counts. Softmax turns the logits into scores, and the two chosen scores are divided by their sum
+# ({{reference.gating.gates_forward}}).
+#
+# **Predict.** “sat” and “mat” have different logits and different experts, and yet the same two gates. What must you compare in the table
+# to see why?
+
+# %%
+scores_TE, _ = softmax_forward(logits_TE)
+gate_TK, _ = gates_forward(scores_TE, expert_TK, config.gating)
+for token in (2, 5):
+    first, second = expert_TK[token]
+    gap = logits_TE[token, first] - logits_TE[token, second]
+    print(f"{example.WORDS[token]}: gates {gate_TK[token].round(4)}, difference of the two logits {gap:.1f}")
+
+# %% [markdown]
+# Only the difference of the two chosen logits matters: the first gate is 1 / (1 + e^−difference).
+#
+# ## 4 · Capacity
+#
+# On real hardware each expert has a fixed number of places, its **capacity**: here ⌈1 · K · T / E⌉, exactly enough if all experts were
+# asked for equally often. What finds no place is **dropped**.
+#
+# **Predict.** Compute the capacity. Which expert cannot take everything it is asked for?
+
+# %%
+load_E = np.bincount(expert_TK.ravel(), minlength=len(example.EXPERTS))
+capacity = int(group_capacity(config.capacity, config.gating.top_k, len(load_E), token_info(len(x_TD)), training=True)[0])
+print("capacity", capacity, "· asked for", dict(zip(example.EXPERTS, load_E.tolist(), strict=True)))
+plots.load(load_E, capacity, example.EXPERTS)
+
+# %% [markdown]
+# ## 5 · Who is dropped? (exercise)
+#
+# The rule of GShard: **all first choices** are served in the order of the sentence, then all second choices. An expert that is full
+# refuses.
+#
+# **Predict.** Five words ask for “grammar”. Which one is refused?
+#
+# Write the rule. `expert_TK[t, k]` is the k-th choice of token t; return an array of the same shape, True where the assignment is kept.
+#
+# <details><summary>Hint 1</summary>Keep one counter for each expert: how many it has accepted so far.</details>
+# <details><summary>Hint 2</summary>Two loops. Which one is the outer: the one over tokens, or the one over choices?</details>
+
+
+# %% EXERCISE
+def keep(expert_TK: np.ndarray, experts: int, capacity: int) -> np.ndarray:
+    """Which assignments find a place: [T, K] ids → [T, K] bool."""
+    raise NotImplementedError
+
+
+# %% SOLUTION
+def keep(expert_TK: np.ndarray, experts: int, capacity: int) -> np.ndarray:
+    """Which assignments find a place: [T, K] ids → [T, K] bool."""
+    keep_TK = np.zeros(expert_TK.shape, bool)
+    accepted = np.zeros(experts, int)
+    for slot in range(expert_TK.shape[1]):
+        for token in range(len(expert_TK)):
+            expert = expert_TK[token, slot]
+            if accepted[expert] < capacity:
+                keep_TK[token, slot] = True
+                accepted[expert] += 1
+    return keep_TK
+
+
+# %%
+check("keep", keep)
+
+# %% [markdown]
+# Below, the reference does the same ({{reference.capacity.keep_within_capacity}}); this notebook goes on with its result.
+
+# %%
+output, _ = moe_forward(x_TD, params, config, training=True)
+keep_TK = output.routing.keep
+for token, slot in np.argwhere(~keep_TK):
+    print(f"dropped: {example.EXPERTS[expert_TK[token, slot]]} for “{example.WORDS[token]}”, its choice number {slot + 1}")
+
+# %% [markdown]
+# ## 6 · Dispatch, experts, combine
+#
+# The kept assignments are sorted by expert ({{reference.dispatch.dispatch_forward}}), each expert works on its rows in one go, and a
+# token's output is
+# the sum of its experts' outputs, weighted by the gates ({{reference.dispatch.combine_forward}}).
+#
+# **Predict.** How many rows are there? Which words does “grammar” get, and in what order?
+
+# %%
+rows_ND, dispatch = dispatch_forward(x_TD, expert_TK, keep_TK, len(example.EXPERTS))
+print(len(rows_ND), "rows")
+for expert, name in enumerate(example.EXPERTS):
+    own = dispatch.token_N[dispatch.bounds_P[expert] : dispatch.bounds_P[expert + 1]]
+    print(f"{name:>8}: " + ", ".join(example.WORDS[token] for token in own))
+
+# %% [markdown]
+# **Predict.** “sat” lost its second expert. Its first gate was computed before the drop: does its output become larger or smaller than it
+# would
+# be if nobody had been dropped, or does the first expert's part stay as it was?
+
+# %%
+out_ND, _ = experts_forward(rows_ND, dispatch.bounds_P, params, config.experts)
+y_TD, _ = combine_forward(out_ND, gate_TK, dispatch)
+print("sat, its second expert dropped:", y_TD[2].round(3))
+print("gate of its first expert:", gate_TK[2, 0].round(3), "· that expert's output:", out_ND[dispatch.token_N == 2][0].round(3))
+
+# %% [markdown]
+# The first expert's part stays as it was, and the second one's is missing: the token gets less than a whole update. (DeepSpeed gives the
+# survivor the
+# whole weight instead.) What a dropped token keeps is itself: around the layer runs a residual connection.
+#
+# ## 7 · The whole layer is one call
+#
+# **Predict.** You followed the layer step by step. How large is the difference from {{reference.layer.moe_forward}}?
+
+# %%
+print("largest difference:", float(np.abs(output.y - y_TD).max()))
+
+# %% [markdown]
+# Change something and predict again: a word's vector, K, the capacity factor, the order in which assignments are served
+# (`CapacityConfig(order="token_major")`). The settings: {{reference.config.CapacityConfig}}.
+#
+# **Next:** [02 · the orders of softmax and top-k](02_gating_orders.ipynb)

@@ -1,0 +1,188 @@
+# %% [markdown]
+# # 02 · Gating: the orders of softmax and top-k
+#
+# Every router turns logits into *which* experts and *how much* of each. Papers differ in the order of the steps. Some of these orders are
+# the same function, some are not, and code that mixes them up runs without complaint. Two ideas are new: **when the order matters**, and
+# **choosing by one number while weighing by another**.
+#
+# Before each result, write down what you expect, and only then run the cell.
+#
+# Read along: {{docs/chapters/gating.md}} · the example: {{reference/example.py}} · before this: [01](01_route_eight_tokens.ipynb)
+
+# %%
+import numpy as np
+
+from notebooks import plots
+from notebooks.checks import check
+from reference import example, presets
+from reference.config import GatingConfig
+from reference.gating import gates_forward, top_k
+from reference.proof import bugs
+from reference.scores import logits_forward, sigmoid_forward, softmax_forward
+
+SAT = 2
+logits_TE, _ = logits_forward(example.inputs(), example.params()["router.weight"])
+expert_TK = top_k(logits_TE, 2)
+print("sat:", dict(zip(example.EXPERTS, logits_TE[SAT].round(1).tolist(), strict=True)))
+
+# %% [markdown]
+# ## 1 · Softmax first, or top-k first?
+#
+# - **A** softmax over all experts, take the two best, leave them as they are (DeepSeekMoE, OLMoE)
+# - **B** softmax over all experts, take the two best, divide by their sum (GShard, Qwen3)
+# - **C** take the two best logits, softmax over these two (Shazeer 2017, Mixtral, gpt-oss)
+#
+# Softmax is {{reference.scores.softmax_forward}}, the rest is {{reference.gating.gates_forward}} with three settings.
+#
+# **Predict.** Which of the three give “sat” the same gates? In which do the gates sum to less than 1?
+
+# %%
+scores_TE, _ = softmax_forward(logits_TE)
+gates = {
+    "A softmax, top-k": gates_forward(scores_TE, expert_TK, GatingConfig(top_k=2, normalize="none"))[0],
+    "B … and divide": gates_forward(scores_TE, expert_TK, GatingConfig(top_k=2, normalize="sum"))[0],
+    "C top-k, softmax": gates_forward(logits_TE, expert_TK, GatingConfig(top_k=2, normalize="softmax"))[0],
+}
+for name, gate_TK in gates.items():
+    print(f"{name:>18}: {gate_TK[SAT].round(4)}, sum {gate_TK[SAT].sum():.4f}")
+
+# %% [markdown]
+# B and C agree. Softmax is exp(z) divided by a total; dividing by the sum of the chosen scores cancels that total, and what is left is
+# exp(z) over
+# the chosen exponentials only. That is C.
+#
+# **Predict.** Is this an accident of “sat”, or does it hold for a thousand random tokens and any K?
+
+# %%
+rng = np.random.default_rng(0)
+random_TE = rng.standard_normal((1000, 8))
+for count in (1, 2, 4, 8):
+    chosen_TK = top_k(random_TE, count)
+    b_TK, _ = gates_forward(softmax_forward(random_TE)[0], chosen_TK, GatingConfig(top_k=count, normalize="sum"))
+    c_TK, _ = gates_forward(random_TE, chosen_TK, GatingConfig(top_k=count, normalize="softmax"))
+    print(f"K = {count}: no gate differs by more than 1e-15: {bool(np.abs(b_TK - c_TK).max() < 1e-15)}")
+
+# %% [markdown]
+# ## 2 · What the sum of the gates tells
+#
+# In A the gates sum to the share that the chosen experts have of all.
+#
+# **Predict.** Which of the eight words has the largest sum: one with two logits far above the other two, or one with three good experts?
+
+# %%
+total_T = gates["A softmax, top-k"].sum(1)
+for token in np.argsort(-total_T, kind="stable"):
+    print(f"{example.WORDS[token]:>7}: sum {total_T[token]:.3f}   logits {np.sort(logits_TE[token].round(1))[::-1]}")
+
+# %% [markdown]
+# Under A an undecided router gives its experts less weight; B and C throw this away.
+#
+# **Predict.** Now add a fourth router: **D** sigmoid of each logit, take the two best, divide by their sum (DeepSeek-V3). Will its two
+# gates for “sat” be closer together than those of B, or further apart?
+
+# %%
+sigmoid_TE, _ = sigmoid_forward(logits_TE)
+gates["D sigmoid, divide"] = gates_forward(sigmoid_TE, expert_TK, GatingConfig(top_k=2, normalize="sum"))[0]
+by_expert = {name: np.zeros(len(example.EXPERTS)) for name in gates}
+for name, gate_TK in gates.items():
+    by_expert[name][expert_TK[SAT]] = gate_TK[SAT]
+    print(f"{name:>18}: {gate_TK[SAT].round(4)}")
+plots.gates(by_expert, example.EXPERTS, "sat")
+
+# %% [markdown]
+# For positive logits the sigmoid flattens: σ cannot exceed 1, so two good experts count nearly alike.
+#
+# **Predict.** Add the same number to all four logits of “sat”. Which gates change: those of A, of B, of D?
+
+# %%
+shift = np.linspace(-6, 6, 121)
+shifted_TE = logits_TE[SAT] + shift[:, None]
+best_TK = np.broadcast_to(expert_TK[SAT], (len(shift), 2))
+first = {}
+routers = {"A": (softmax_forward, "none"), "B": (softmax_forward, "sum"), "D": (sigmoid_forward, "sum")}
+for name, (function, normalize) in routers.items():
+    first[name] = gates_forward(function(shifted_TE)[0], best_TK, GatingConfig(top_k=2, normalize=normalize))[0][:, 0]
+    print(f"{name}: first gate from {first[name].min():.3f} to {first[name].max():.3f}")
+plots.curves(shift, first, "added to all logits", "the first gate of “sat”")
+
+# %% [markdown]
+# Softmax does not see a common shift, the sigmoid does. Far to the left σ(z) behaves like exp(z), and D becomes B; far to the right all
+# scores are
+# near 1, and every chosen expert gets 1/K.
+#
+# ## 3 · Choose by one number, weigh by another
+#
+# DeepSeek-V3 keeps its experts evenly loaded with a **correction bias**: added to the scores for the choice, and seen by no gate.
+#
+# **Predict.** “sat” prefers action and grammar. Give “place” a bias of 0.2: who is chosen now, and is the gate of “place” larger than
+# that of “action”?
+
+# %%
+bias_E = np.array([0.0, 0.0, 0.0, 0.2])
+steered_TK = top_k(sigmoid_TE + bias_E, 2)
+steered_gate_TK, _ = gates_forward(sigmoid_TE, steered_TK, GatingConfig(top_k=2, normalize="sum"))
+print("scores       ", dict(zip(example.EXPERTS, sigmoid_TE[SAT].round(3).tolist(), strict=True)))
+print("scores + bias", dict(zip(example.EXPERTS, (sigmoid_TE + bias_E)[SAT].round(3).tolist(), strict=True)))
+print("chosen", [example.EXPERTS[expert] for expert in steered_TK[SAT]], "with gates", steered_gate_TK[SAT].round(4))
+
+# %% [markdown]
+# ## 4 · Write DeepSeek-V3's gates (exercise)
+#
+# Given sigmoid scores, a bias and K = `count`:
+#
+# 1. choose the K experts with the highest score + bias, best first, ties to the lowest id;
+# 2. their gates are their **scores**, divided by the sum of the K, times `scale`.
+#
+# Return both arrays, `[T, K]` each. The checker knows what released code got wrong here.
+#
+# <details><summary>Hint 1</summary><code>np.argsort(…, kind="stable")</code> sorts upwards and keeps the order of equals. What must you
+# sort so that the best come first?</details>
+# <details><summary>Hint 2</summary><code>np.take_along_axis(array, index, axis=1)</code> picks the chosen columns of each row.</details>
+
+
+# %% EXERCISE
+def gates_of_v3(scores_TE: np.ndarray, bias_E: np.ndarray, count: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """(expert [T, count], gate [T, count])."""
+    raise NotImplementedError
+
+
+# %% SOLUTION
+def gates_of_v3(scores_TE: np.ndarray, bias_E: np.ndarray, count: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """(expert [T, count], gate [T, count])."""
+    expert_TK = np.argsort(-(scores_TE + bias_E), axis=1, kind="stable")[:, :count]
+    chosen_TK = np.take_along_axis(scores_TE, expert_TK, axis=1)
+    return expert_TK, scale * chosen_TK / chosen_TK.sum(1, keepdims=True)
+
+
+# %%
+check("gates", gates_of_v3)
+
+# %% [markdown]
+# ## 5 · The same mistake in the museum
+#
+# The bug museum keeps real mistakes as small functions, each with the check that catches it.
+#
+# **Predict.** A router that weighs by the *biased* scores: what happens to the gates if every expert gets the same bias, which changes no
+# choice?
+
+# %%
+bug = bugs.get("biased scores as gates")
+print("seen in:", bug.seen)
+print("caught: ", bug.symptom())
+
+# %% [markdown]
+# ## 6 · Who uses what
+#
+# Each published router is a setting of the same few fields ({{reference.config.GatingConfig}}).
+#
+# **Predict.** Which of these divide by the sum, and which multiply a scale on afterwards?
+
+# %%
+for name in ("switch-base-128", "mixtral-8x7b", "deepseek-v2", "deepseek-v3"):
+    scores, gating = presets.get(name).scores, presets.get(name).gating
+    print(f"{name:>15}: {scores.function:>8}, K = {gating.top_k}, normalize {gating.normalize}, scale {gating.scale}")
+
+# %% [markdown]
+# Try: K = 4 in section 1, where every expert is chosen. Which of A, B and C are the same function then, and why does D differ?
+#
+# **Next:** [03 · write the backward pass and check it](03_backward.ipynb)
