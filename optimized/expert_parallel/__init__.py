@@ -1,0 +1,23 @@
+"""Expert parallelism on `torch.distributed`: the experts of every MoE spread over ranks, equal to one process.
+
+    parallelize(model, mesh["ep"])                      # before the optimizer is made: the experts' parameters become DTensors
+    optimizer = torch.optim.AdamW(optimizer_groups(model))
+    ...
+    (task_loss + aux.loss).backward();  sync_gradients(model);  clip_grad_norm_(model, 1.0);  optimizer.step()
+
+The objective is the mean over ranks of each rank's loss, as in data parallelism: a rank adds `aux.loss`, which is that of the whole batch
+on every rank, to the mean over its own tokens (times R·T_rank / T where the ranks' tokens differ in number). After `sync_gradients`
+every gradient is that of the mean, so it equals one process that saw all tokens.
+All ranks make the same calls in the same order, backward passes included, also a rank without tokens.
+"""
+
+from .checkpoints import full_state_dict, load_full_state_dict, load_sharded, save_sharded
+from .gradients import clip_grad_norm_, optimizer_groups, sync_gradients
+from .layer import parallelize
+from .placement import Placement
+from .transport import DisagreementError, RankLostError
+
+__all__ = [
+    "DisagreementError", "Placement", "RankLostError", "clip_grad_norm_", "full_state_dict", "load_full_state_dict", "load_sharded",
+    "optimizer_groups", "parallelize", "save_sharded", "sync_gradients",
+]  # fmt: skip

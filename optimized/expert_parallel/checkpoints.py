@@ -1,0 +1,128 @@
+"""State that outlives the ranks: distributed checkpoints for any number of ranks, and the plain state dict of one process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from reference.autograd.checkpoints import check_tensors
+from reference.config import require
+
+from .layer import groups_of
+from .transport import Transport
+
+
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict that one process would have, on every rank: plain tensors, in the order of `module.state_dict()`; for safetensors.
+
+    All ranks call it together.
+    """
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in module.state_dict().items()}
+
+
+@torch.no_grad()
+def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy one process's state dict into a parallel module; each rank takes its own rows, and nothing is sent.
+
+    Raises ValueError, before anything is changed, naming a tensor that is missing, unknown, or of another shape or dtype.
+    """
+    own = module.state_dict()
+    check_tensors(state, own, "the state dict")
+    for name, tensor in own.items():
+        if isinstance(tensor, DTensor):
+            tensor.to_local().copy_(_rows_of(state[name], tensor))
+        else:
+            tensor.copy_(state[name])
+
+
+def _rows_of(full: Tensor, like: DTensor) -> Tensor:
+    """This rank's part of a full tensor, cut as `like` is along each mesh dimension."""
+    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def _state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    state: dict[str, Any] = {"model": module.state_dict()}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(module, optimizer)
+    return state
+
+
+def save_sharded(path: str | os.PathLike[str], module: nn.Module, optimizer: torch.optim.Optimizer | None = None, **extra: Any) -> Path:
+    """Write a distributed checkpoint as the directory `path`: every rank its own part, seen under its name only when all of it is there.
+
+    extra: small plain objects beside the tensors (a step, a config), equal on all ranks. All ranks of the default group call it together;
+    the directory must be on a file system that all of them see. It is written beside its place, and renamed by rank 0 when all is on disk.
+    Raises: ValueError where `path` exists; RankLostError; what the file system raises, and then nothing is at `path`.
+    """
+    path = Path(path)
+    (transport, *_) = groups_of(module)
+    what = f"saving {path.name}"
+    temporary = path.with_name(f".{path.name}.tmp")
+
+    def prepare() -> None:
+        require(not path.exists(), f"{path} exists already; a checkpoint is never overwritten")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed save left behind
+
+    def finish() -> None:
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent, files=False)
+
+    _on_rank_0(prepare, transport, what)
+    with transport.guarded(what):
+        save({**_state(module, optimizer), "extra": extra}, checkpoint_id=temporary)
+    _on_rank_0(finish, transport, what)
+    return path
+
+
+def _on_rank_0(act: Callable[[], None], transport: Transport, what: str) -> None:
+    """Do something on rank 0 of all ranks there are; every rank waits for it, and raises the error that it raised."""
+    outcome: list[Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            act()
+        except (OSError, ValueError) as error:
+            outcome = [error]
+    with transport.guarded(what):
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def _sync(directory: Path, *, files: bool = True) -> None:
+    for entry in [*(directory.iterdir() if files else ()), directory]:
+        handle = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def load_sharded(
+    path: str | os.PathLike[str], module: nn.Module, optimizer: torch.optim.Optimizer | None = None, **extra: Any
+) -> dict[str, Any]:
+    """Read a checkpoint of any number of ranks into a module on this number, bit by bit, and the optimizer's state with it.
+
+    extra: the names that were saved, with values of their types to be replaced. Returns: the saved ones. A module that is not parallel
+    can be read into as well, with or without a process group. Raises: ValueError where there is no whole checkpoint at `path`.
+    """
+    path = Path(path)
+    require((path / ".metadata").is_file(), f"{path} holds no whole distributed checkpoint")
+    state = {**_state(module, optimizer), "extra": dict(extra)}
+    load(state, checkpoint_id=path)
+    module.load_state_dict(state["model"])
+    if optimizer is not None:
+        set_optimizer_state_dict(module, optimizer, state["optimizer"])
+    return state["extra"]

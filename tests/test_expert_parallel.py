@@ -1,0 +1,567 @@
+"""Expert parallelism equals one process: outputs, losses, every gradient, the norm, the next step, checkpoints; its traffic is counted."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import distributed_worker
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from configs import CONFIGS, VOCABULARY, random_params
+from conftest import REPOSITORY
+from distributed_worker import Ended, Task, counted_traffic, ep_mesh, layer_step, lm_steps, run_ranks
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from optimized import MoE as FastMoE
+from optimized.comparison import rounded_to
+from optimized.expert_parallel import (
+    DisagreementError,
+    Placement,
+    clip_grad_norm_,
+    exchange,
+    full_state_dict,
+    gradients,
+    layer,
+    load_full_state_dict,
+    load_sharded,
+    optimizer_groups,
+    parallelize,
+    save_sharded,
+    sync_gradients,
+)
+from optimized.expert_parallel.plan import Outgoing, outgoing
+from reference import BalanceConfig, MoEConfig, cost, moe_forward, presets
+from reference.autograd import MoE
+from reference.proof.cases import CASES, Inputs, draw
+from reference.proof.equal import Tolerance, assert_equal, rms
+
+INTEGERS = ("expert", "keep", "load")
+FLOAT64_LIMIT = 1e-12
+CLASSES: dict[str, Callable[..., torch.nn.Module]] = {"reference": MoE, "fast": partial(FastMoE, backend="torch")}
+
+
+def trained_task(config: MoEConfig, dtype: str, spread: str, tokens: int = 41) -> Task:
+    """A layer with its own router in training, on tokens in eight groups with some padding; noise comes from a recorded routing."""
+    rng = np.random.default_rng(3)
+    params = {
+        name: array if array.dtype.kind == "i" else np.asarray(array, np.float64) for name, array in random_params(config, rng).items()
+    }
+    x_TD, dy_TD = rng.standard_normal((2, tokens, config.d_model))
+    pad_mask = rng.random(tokens) < 0.1
+    groups = np.arange(tokens) * 8 // max(tokens, 1)
+    arguments: dict[str, Any] = {"group_ids": groups, "pad_mask": pad_mask, "token_ids": rng.integers(0, VOCABULARY, tokens)}
+    recorded = moe_forward(x_TD, params, config, training=True, rng=rng, **arguments)[0].routing
+    inputs = rounded_to(Inputs(config, x_TD, dy_TD, params, recorded, pad_mask), dtype)
+    if dtype != "float64":
+        recorded = moe_forward(inputs.x, inputs.params, config, training=True, rng=rng, **arguments)[0].routing
+    # Without noise the layer decides by itself, and has to decide alike everywhere.
+    replay = recorded if recorded.draws or dtype != "float64" else None
+    return Task(inputs, groups, arguments["token_ids"], spread, True, replay)
+
+
+def widened(config: MoEConfig) -> MoEConfig:
+    """The same router with wider experts: an error statistic needs more than a handful of elements."""
+    return dataclasses.replace(config, d_model=24, experts=dataclasses.replace(config.experts, width=16))
+
+
+def case_task(name: str, dtype: str, spread: str) -> Task:
+    """A case of the proof with the routing that it gives, in evaluation."""
+    inputs = rounded_to(draw(next(case for case in CASES if case.name == name)), dtype)
+    groups = np.arange(len(inputs.x)) * 8 // max(len(inputs.x), 1)
+    return Task(inputs, groups, np.zeros_like(groups), spread, False, inputs.routing)
+
+
+def compare(found: dict[str, np.ndarray], single: Callable[[str], dict[str, np.ndarray]], dtype: str) -> None:
+    """AssertionError unless `found` equals one process: to rounding in float64, by the policy of the proof in other dtypes."""
+    truth = single("float64")
+    for name in INTEGERS:
+        np.testing.assert_array_equal(found[name], truth[name], err_msg=name)
+    if dtype == "float64":
+        for name, expected in truth.items():
+            error = np.abs(found[name] * 1.0 - expected).max(initial=0)
+            assert error <= FLOAT64_LIMIT * max(1.0, rms(expected)), f"{name}: {error:.3g}"
+        return
+    eager, tolerance = single(dtype), Tolerance(dtype)
+    # The RMS bound is one of many elements; a correctly rounded scalar can break it.
+    scalars = [name for name in truth if not truth[name].ndim]
+    for name in scalars:
+        bound = tolerance.max_bound(abs(eager[name] - truth[name]), abs(truth[name]))
+        assert abs(found[name] - truth[name]) <= bound, f"{name}: {found[name]} instead of {truth[name]}, bound {bound:.3g}"
+    names = [name for name in truth if name not in (*INTEGERS, *scalars)]
+    assert_equal({n: found[n] for n in names}, {n: truth[n] for n in names}, {n: eager[n] for n in names}, dtype)
+
+
+Check = tuple[str, int, Callable[[], None]]
+
+
+def layer_check(task: Callable[[], Task], dtype: str, class_name: str, ranks: int) -> None:
+    """Run a task on a mesh and on one process, and compare on the group's first rank."""
+    mesh, given = ep_mesh(ranks), task()
+    found = layer_step(given, dtype, CLASSES[class_name], mesh)
+    if mesh.get_local_rank() == 0:
+        compare(found, lambda kind: layer_step(given, kind, MoE, None), dtype)
+
+
+def layer_checks() -> dict[str, Callable[[int], None]]:
+    """Name → check on that many ranks."""
+    checks = {}
+    for number, (name, config) in enumerate(CONFIGS.items()):
+        spread = ("even", "first_empty", "one_full")[number % 3]
+        class_name = ("reference", "fast")[number % 2]
+        checks[f"{name}, {spread}, {class_name}"] = partial(
+            layer_check, partial(trained_task, config, "float64", spread), "float64", class_name
+        )
+    for name in ("mixtral", "deepseek-v3", "biases"):
+        for number, dtype in enumerate(("float32", "bfloat16")):
+            task = partial(trained_task, widened(CONFIGS[name]), dtype, "even", 96)
+            checks[f"{name}, {dtype}"] = partial(layer_check, task, dtype, ("reference", "fast")[number])
+    names = ("no-tokens", "one-token", "prime-experts", "top-all", "one-expert", "one-takes-all", "empty-experts", "padding", "drops")
+    for number, name in enumerate(names):
+        class_name = ("reference", "fast")[number % 2]
+        checks[f"{name}, {class_name}"] = partial(layer_check, partial(case_task, name, "float64", "even"), "float64", class_name)
+    checks["no tokens in training"] = partial(
+        layer_check, partial(trained_task, CONFIGS["biases"], "float64", "even", 0), "float64", "reference"
+    )
+    return checks
+
+
+def run_checks(checks: dict[str, Callable[[int], None]], sizes: tuple[int, ...]) -> list[str]:
+    """In a rank: all checks on all sizes; what failed here. Where several groups fit, each does its share of the checks."""
+    failures = []
+    for ranks in sizes:
+        mesh, share, shares = ep_mesh(ranks), dist.get_rank() // ranks, dist.get_world_size() // ranks
+        assert mesh.size() == ranks
+        for number, (name, check) in enumerate(checks.items()):
+            if number % shares == share:
+                try:
+                    check(ranks)
+                except AssertionError as error:
+                    failures.append(f"{ranks} ranks, {name}: {error}")
+        dist.barrier()
+    return failures
+
+
+def assert_good(ended: list[Ended]) -> None:
+    assert not [rank.trace for rank in ended if rank.error], ended[0].trace
+    assert [rank.exitcode for rank in ended] == [0] * len(ended)
+    assert not [failure for rank in ended for failure in rank.result]
+
+
+def all_checks(sizes: tuple[int, ...]) -> list[str]:
+    """In a rank: everything that needs no process group of its own."""
+    return run_checks({"traffic": traffic_check, "disagreement": disagreement_check, "teeth": teeth_check} | layer_checks(), sizes)
+
+
+def fast_checks() -> list[str]:
+    """The same, every layer on two ranks and a part of them on one and on four."""
+    special = {"traffic": traffic_check, "disagreement": disagreement_check, "teeth": teeth_check}
+    layers = layer_checks()
+    failures = run_checks(special | layers, (2,))
+    failures += run_checks(special | dict(list(layers.items())[::3]), (4,))
+    return failures + run_checks(dict(list(layers.items())[::4]), (1,))
+
+
+def teeth_check(ranks: int) -> None:
+    """The comparison rejects what goes wrong in published code: on every mutation one rank's part is taken for the whole."""
+    mesh, task = ep_mesh(ranks), trained_task(CONFIGS["biases"], "float64", "even")
+
+    def gradient_of_the_sum(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+    def no_gate_gradient(ctx: Any, *cotangents: Any) -> tuple[torch.Tensor, None]:
+        return receive_backward(ctx, cotangents[0], torch.zeros_like(cotangents[1]), None)
+
+    receive_backward = exchange._Receive.backward
+    mutations = {
+        "losses and load of one rank": (layer.Ranks, "total", lambda self, tensor: tensor),
+        "experts' gradient of the sum": (layer._MeanGradient, "backward", staticmethod(gradient_of_the_sum)),
+        "norm of one rank": (gradients, "_over_mesh", lambda square, key, transport: square),
+        "no gradient for gates of other ranks": (exchange._Receive, "backward", staticmethod(no_gate_gradient)),
+        "router's gradient of one rank": (distributed_worker, "sync_gradients", lambda module: None),
+    }
+    for name, mutation in mutations.items() if ranks == 2 else ():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*mutation)
+            found = layer_step(task, "float64", MoE, mesh)
+        if mesh.get_local_rank() == 0:
+            try:
+                compare(found, lambda kind: layer_step(task, kind, MoE, None), "float64")
+            except AssertionError:
+                continue
+            raise AssertionError(f"not noticed: {name}")
+
+
+def traffic_check(ranks: int) -> None:
+    """Bytes of every all-to-all equal the formula, and the formula is the least that the routing allows."""
+    mesh, config = ep_mesh(ranks), CONFIGS["token-major"]
+    for dtype, itemsize, gate_itemsize in (("float64", 8, 8), ("float32", 4, 4), ("bfloat16", 2, 4)):
+        task = trained_task(config, dtype, "first_empty")
+        with counted_traffic() as calls:
+            outputs = layer_step(task, dtype, MoE, mesh)
+        rank_T = task.rank_of_token(ranks)
+        owner_E = np.array(Placement.contiguous(config.experts.count, ranks).owner)
+        volume = cost.all_to_all_volume(
+            outputs["expert"], outputs["keep"], rank_T, owner_E, config.d_model, ranks=ranks, itemsize=itemsize, gate_itemsize=gate_itemsize
+        )
+        rank = mesh.get_local_rank()
+        sent = [[size if other != rank else 0 for other, size in enumerate(call)] for call in calls]
+        expected = [volume.dispatch, volume.combine, volume.combine_gradient, volume.dispatch_gradient]
+        assert sent == [part[rank].tolist() for part in expected], f"{dtype}: {sent}"
+        crossings = {(t, owner_E[e]) for t, k in zip(*np.nonzero(outputs["keep"]), strict=True) for e in [outputs["expert"][t, k]]}
+        least = sum(owner != rank_T[t] for t, owner in crossings) * config.d_model * itemsize
+        assert volume.combine.sum() == volume.combine_gradient.sum() == least
+
+
+def disagreement_check(ranks: int) -> None:
+    """Where ranks differ, every one of them raises an error that says in what, and none is left waiting."""
+    mesh = ep_mesh(ranks)
+    rank, config = mesh.get_local_rank(), CONFIGS["shared"]
+    if ranks < 4:  # once is enough; on one rank nobody can disagree
+        return
+    odd = rank == ranks - 1
+
+    def fresh(**changes: Any) -> MoE:
+        torch.manual_seed(0)
+        return MoE(dataclasses.replace(config, **changes), dtype=torch.float64)
+
+    def one_layer_more() -> None:
+        parallelize(torch.nn.ModuleList([fresh()] * 1 + [fresh()] * odd), mesh)
+
+    def other_config() -> None:
+        parallelize(fresh(balance=BalanceConfig((("router_z", 0.1),))) if odd else fresh(), mesh)
+
+    def other_weights() -> None:
+        moe = fresh()
+        with torch.no_grad():
+            moe.get_parameter("experts.down_proj")[1, 0, 0] += odd
+        parallelize(moe, mesh)
+
+    def parallel() -> torch.nn.Module:
+        return parallelize(fresh(), mesh)
+
+    x_TD = torch.ones(3, config.d_model, dtype=torch.float64)
+
+    def other_mode() -> None:
+        parallel().train(not odd)(x_TD)
+
+    def no_gradient() -> None:
+        with torch.set_grad_enabled(not odd):
+            parallel()(x_TD)
+
+    def other_dtype() -> None:
+        parallel().to(torch.float32 if odd else torch.float64)(x_TD.to(torch.float32 if odd else torch.float64))
+
+    def diverged_router() -> None:
+        moe = parallel()
+        moe(x_TD)
+        with torch.no_grad():
+            moe.get_parameter("router.weight")[0, 0] += odd
+        moe(x_TD)
+
+    def one_call_more() -> None:
+        moe = parallel().eval()
+        moe.parallel.calls += odd
+        moe(x_TD)
+
+    def miscounted(change: Callable[[Outgoing], Any]) -> Callable[[], None]:
+        def run() -> None:
+            moe = parallel().eval()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(
+                    "optimized.expert_parallel.layer.outgoing", lambda *given: change(outgoing(*given)) if odd else outgoing(*given)
+                )
+                moe(x_TD)
+
+        return run
+
+    def more_than_held(going: Outgoing) -> Outgoing:
+        return going._replace(crossings=[going.crossings[0] + 1, *going.crossings[1:]])
+
+    def impossible(going: Outgoing) -> Outgoing:
+        counts = [[row[0] + 9, row[1] - 9, *row[2:]] for row in (going.crossings, going.assignments)]
+        return going._replace(crossings=counts[0], assignments=counts[1])
+
+    faults = {
+        "the layers": one_layer_more,
+        "the config, balance": other_config,
+        "experts.down_proj": other_weights,
+        "training mode": other_mode,
+        "whether gradients are on": no_gradient,
+        "the dtype of x": other_dtype,
+        "the parameters that every rank holds": diverged_router,
+        "how often it has run": one_call_more,
+        "tokens to send, but announces": miscounted(more_than_held),
+        "are possible with top_k": miscounted(impossible),
+    }
+    for words, fault in faults.items():
+        try:
+            fault()
+        except DisagreementError as error:
+            assert "disagree" in str(error) and words in str(error), f"{words}: {error}"
+        else:
+            raise AssertionError(f"{words}: no error on rank {rank}")
+
+
+def test_layers_on_1_2_and_4_ranks_equal_one_process() -> None:
+    assert_good(run_ranks(4, fast_checks, deadline=240))
+
+
+@pytest.mark.slow
+def test_every_layer_on_1_and_4_ranks_equals_one_process() -> None:
+    assert_good(run_ranks(4, all_checks, (4, 1), deadline=600))
+
+
+@pytest.mark.slow
+def test_every_layer_on_8_ranks_equals_one_process() -> None:
+    assert_good(run_ranks(8, all_checks, (8,), deadline=600))
+
+
+def preset_checks() -> list[str]:
+    checks = {}
+    for name in presets.names():
+        config = presets.tiny(name)
+        checks[name] = partial(layer_check, partial(trained_task, config, "float64", "even"), "float64", "fast")
+    return run_checks(checks, (4, 2))
+
+
+@pytest.mark.slow
+def test_every_preset_equals_one_process() -> None:
+    assert_good(run_ranks(4, preset_checks, deadline=600))
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], limit: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        error = np.abs(found[name] - array).max(initial=0)
+        assert error <= limit * max(1.0, rms(array)), f"{name}: {error:.3g}"
+
+
+def language_model_checks(only: tuple[str, ...] | None = None) -> list[str]:
+    """In one of four ranks: a language model after two steps, in every composition."""
+    config = presets.model("deepseek-v3", tiny=True)
+    windows = np.random.default_rng(0).integers(0, 256, (2, 8, 13))
+    failures = []
+    compositions: dict[str, dict[str, Any]] = {
+        "accumulation and activation checkpointing": {"shape": (1, 4), "accumulation": 2, "checkpointing": True},
+        "with data parallelism": {"shape": (2, 2)},
+        "with FSDP2": {"shape": (2, 2), "fsdp": True},
+    }
+    for name, options in compositions.items():
+        mesh = init_device_mesh("cpu", options.pop("shape"), mesh_dim_names=("dp", "ep"))
+        expected = lm_steps(config, windows, None, accumulation=options.get("accumulation", 1))
+        found = lm_steps(config, windows, mesh, **options)
+        try:
+            assert_same(found, expected, 1e-10)
+        except AssertionError as error:
+            failures.append(f"{name}: {error}")
+    return failures
+
+
+@pytest.mark.slow
+def test_language_model_equals_one_process_in_every_composition() -> None:
+    assert_good(run_ranks(4, language_model_checks, deadline=300))
+
+
+def _stepped(mesh: Any, seed: int, steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A layer with 7 experts and its optimizer after some steps."""
+    torch.manual_seed(seed)
+    moe: torch.nn.Module = MoE(
+        dataclasses.replace(CONFIGS["deepseek-v3"], experts=dataclasses.replace(CONFIGS["deepseek-v3"].experts, count=8))
+    )
+    if mesh is not None:
+        parallelize(moe, mesh)
+    optimizer = torch.optim.AdamW(optimizer_groups(moe), lr=0.1)
+    for _ in range(steps):
+        y_TD, aux = moe(torch.randn(5, 6))
+        (y_TD.square().sum() + aux.loss).backward()
+        if mesh is not None:
+            sync_gradients(moe)
+        optimizer.step()
+        moe.update_bias(aux.routing.load)
+    return moe, optimizer
+
+
+def _all_state(moe: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    state = {name: tensor.detach() for name, tensor in moe.state_dict().items()}
+    named = {p: name for name, p in moe.named_parameters()}
+    state |= {f"{key} of {named[p]}": value for p, moments in optimizer.state.items() for key, value in moments.items()}
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in state.items()}
+
+
+def checkpoint_checks(folder: str) -> list[str]:
+    """In one of four ranks: write on 4 ranks, read on 4, 2 and 1 and without ranks; and back."""
+    failures = []
+    moe, optimizer = _stepped(ep_mesh(4), 1, 2)
+    expected = _all_state(moe, optimizer)
+    path = save_sharded(Path(folder, "step-2"), moe, optimizer, step=2)
+    for ranks in (4, 2, 1, None):
+        other, other_optimizer = _stepped(None if ranks is None else ep_mesh(ranks), 2, 1)
+        extra = load_sharded(path, other, other_optimizer, step=0)
+        found = _all_state(other, other_optimizer)
+        wrong = [name for name in expected if not torch.equal(found[name], expected[name])] + [f"step {extra}"] * (extra != {"step": 2})
+        failures += [f"{ranks} ranks: {name}" for name in wrong]
+    safetensors = Path(folder, f"{dist.get_rank()}.safetensors")
+    save_file(full_state_dict(moe), safetensors)
+    alone = MoE(moe.config)
+    alone.load_state_dict(load_file(safetensors))
+    again, _ = _stepped(ep_mesh(2), 3, 0)
+    load_full_state_dict(again, load_file(safetensors))
+    for name, tensor in full_state_dict(again).items():
+        failures += [f"safetensors: {name}"] * (
+            not torch.equal(tensor, expected[name]) or not torch.equal(alone.state_dict()[name], tensor)
+        )
+    failures += _refusals(path, moe, optimizer)
+    return failures
+
+
+def _refusals(path: Path, moe: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """A checkpoint is never overwritten, one that was cut off is none, and what it left behind does not hinder the next."""
+    failures = []
+    cut_off = path.with_name("step-3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        try:
+            save_sharded(cut_off, moe, optimizer)
+            failures.append("a rename that failed was not reported")
+        except (OSError, RuntimeError):
+            pass
+    for words, act in {
+        "exists already": lambda: save_sharded(path, moe, optimizer),
+        "no whole distributed checkpoint": lambda: load_sharded(cut_off, moe, optimizer),
+        "lacks the tensor 'router.weight'": lambda: load_full_state_dict(moe, {}),
+    }.items():
+        try:
+            act()
+            failures.append(f"not refused: {words}")
+        except ValueError as error:
+            failures += [str(error)] * (words not in str(error))
+    save_sharded(cut_off, moe, optimizer)
+    failures += ["the second attempt left its temporary directory"] * any(entry.name.endswith(".tmp") for entry in path.parent.iterdir())
+    return failures
+
+
+def test_checkpoints_fit_any_number_of_ranks(tmp_path: Path) -> None:
+    assert_good(run_ranks(4, checkpoint_checks, str(tmp_path), deadline=120))
+
+
+def test_volume_of_a_routing_worked_out_by_hand() -> None:
+    # Tokens 0, 1 on rank 0, token 2 on rank 1; experts 0, 1 on rank 0, 2, 3 on rank 1.
+    expert_TK = np.array([[2, 3], [0, 2], [1, 0]])
+    keep_TK = np.array([[True, True], [True, False], [True, True]])
+    volume = cost.all_to_all_volume(
+        expert_TK, keep_TK, np.array([0, 0, 1]), np.array([0, 0, 1, 1]), 16, ranks=2, itemsize=2, gate_itemsize=4
+    )
+    # Token 0 crosses once with two gates, token 1's second choice was dropped, token 2 crosses once with two gates.
+    assert volume.dispatch.tolist() == [[0, 32 + 2 * 8], [32 + 2 * 8, 0]]
+    assert volume.combine.tolist() == volume.combine_gradient.tolist() == [[0, 32], [32, 0]]
+    assert volume.dispatch_gradient.tolist() == [[0, 32 + 2 * 4], [32 + 2 * 4, 0]]
+    assert volume.total == 2 * (48 + 32 + 32 + 40)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"keep_TK": np.ones((3, 1), bool)}, r"keep has shape \(3, 1\), expert \(3, 2\)"),
+        ({"rank_T": np.zeros(2, int)}, r"rank has shape \(2,\); there are 3 tokens"),
+        ({"rank_T": np.array([0, 1, 2])}, "rank names ranks 0 … 2; there are 2"),
+        ({"owner_E": np.array([0, -1])}, "owner names ranks -1 … 0; there are 2"),
+    ],
+)
+def test_volume_refuses(changes: dict[str, np.ndarray], words: str) -> None:
+    arguments = {
+        "expert_TK": np.zeros((3, 2), int),
+        "keep_TK": np.ones((3, 2), bool),
+        "rank_T": np.zeros(3, int),
+        "owner_E": np.zeros(2, int),
+    }
+    with pytest.raises(ValueError, match=words):
+        cost.all_to_all_volume(**(arguments | changes), d_model=4, ranks=2)
+
+
+@pytest.mark.parametrize(
+    "experts, ranks, counts", [(8, 4, [2, 2, 2, 2]), (7, 4, [2, 2, 2, 1]), (5, 4, [2, 2, 1, 0]), (3, 8, [1, 1, 1] + [0] * 5)]
+)
+def test_contiguous_placement_is_that_of_a_chunked_stack(experts: int, ranks: int, counts: list[int]) -> None:
+    placement = Placement.contiguous(experts, ranks)
+    assert [len(placement.local(rank)) for rank in range(ranks)] == counts
+    assert [list(chunk) for chunk in torch.arange(experts).chunk(ranks)] == [
+        list(placement.local(rank)) for rank in range(ranks) if counts[rank]
+    ]
+
+
+def test_places_of_a_scattered_placement() -> None:
+    owner_E, place_E = Placement((1, 0, 1, 0, 1), 3).tables
+    assert owner_E.tolist() == [1, 0, 1, 0, 1] and place_E.tolist() == [0, 0, 1, 1, 2]
+
+
+def test_placement_refuses_a_rank_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="expert 1 is placed on rank 2; there are 2 ranks"):
+        Placement((0, 2), 2)
+    with pytest.raises(ValueError, match="ranks is 0"):
+        Placement.contiguous(4, 0)
+
+
+def scattered_check() -> list[str]:
+    """The dispatcher asks only the placement where experts are: scattered ones give the same output."""
+    moe, mesh = MoE(CONFIGS["token-major"], dtype=torch.float64).eval(), ep_mesh(2)
+    for parameter in moe.parameters():
+        dist.broadcast(parameter.data, 0)
+    torch.manual_seed(dist.get_rank())
+    x_TD = torch.randn(9, 6, dtype=torch.float64)
+    expected = moe(x_TD)[0]
+    spread = copy.deepcopy(moe)
+    parallelize(spread, mesh)
+    owner = tuple((0, 1, 1, 0, 1, 0, 0, 1))
+    spread.parallel.placement = Placement(owner, 2)
+    own = list(spread.parallel.placement.local(mesh.get_local_rank()))
+    with torch.no_grad():
+        for name, stack in spread.get_submodule("experts").named_parameters():
+            stack.to_local().copy_(moe.get_parameter(f"experts.{name}")[own])
+    return [] if torch.allclose(spread(x_TD)[0], expected, rtol=1e-13, atol=1e-13) else ["another output"]
+
+
+@pytest.mark.slow
+def test_any_placement_gives_the_same_output() -> None:
+    assert_good(run_ranks(2, scattered_check, deadline=60))
+
+
+class OneRank:
+    """A mesh of a single rank, as far as arguments are checked before anything is sent."""
+
+    ndim = 2
+
+
+@pytest.mark.parametrize("module, mesh, words", [
+    (torch.nn.Linear(2, 2), None, "Linear holds no MoE"),
+    (MoE(CONFIGS["mixtral"]), OneRank(), r"mesh has 2 dimensions; take one of them, as in mesh\['ep'\]"),
+])  # fmt: skip
+def test_parallelize_refuses(module: torch.nn.Module, mesh: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parallelize(module, mesh)
+
+
+def test_functions_for_parallel_modules_refuse_others() -> None:
+    for function in (sync_gradients, lambda module: clip_grad_norm_(module, 1.0)):
+        with pytest.raises(ValueError, match="MoE holds no expert-parallel layer: call parallelize first"):
+            function(MoE(CONFIGS["mixtral"]))
+
+
+@pytest.mark.slow
+def test_measurement_counts_what_the_formula_says(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "optimized.expert_parallel.measure", "--ranks", "1", "2", "--tokens", "48", "--repeats", "1"]
+    subprocess.run([*command, "--json", str(tmp_path / "report.json")], check=True, timeout=300, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    alone, pair = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert alone["bytes_sent"] == 0 < pair["bytes_sent"] == pair["bytes_by_formula"]
+    assert pair["step_ms"] > 0
