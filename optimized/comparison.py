@@ -68,7 +68,8 @@ class Row:
 def rounded_to(inputs: Inputs, dtype: str) -> Inputs:
     """The inputs drawn in `dtype`, as float64; buffers keep the fp32 that every track stores them in."""
     rounded = inputs.rounded(partial(round_to, dtype=dtype))
-    buffers = {name: round_to(inputs.params[name], "float32") for name in BUFFERS & inputs.params.keys()}
+    floats = [name for name in BUFFERS & inputs.params.keys() if inputs.params[name].dtype.kind == "f"]
+    buffers = {name: round_to(inputs.params[name], "float32") for name in floats}
     return dataclasses.replace(rounded, params={**rounded.params, **buffers})
 
 
@@ -77,7 +78,7 @@ def preset_inputs(name: str, tokens: int = 96, groups: int = 3) -> tuple[Inputs,
     config = presets.tiny(name)
     rng = np.random.default_rng(0)
     x_TD, dy_TD = rng.standard_normal((2, tokens, config.d_model))
-    params = {key: np.asarray(value, np.float64) for key, value in init_params(config, rng).items()}
+    params = {key: value.astype(np.float64) if value.dtype.kind == "f" else value for key, value in init_params(config, rng).items()}
     if config.gating.correction_bias:
         params["router.correction_bias"] = rng.normal(0, 0.1, config.experts.count)
     group_T = np.arange(tokens) * groups // tokens

@@ -87,8 +87,8 @@ class Inputs:
     pad_mask: NDArray[np.bool_]
 
     def rounded(self, round_array: Callable[[NDArray], NDArray]) -> Inputs:
-        """The same inputs with `round_array` (for example `partial(equal.round_to, dtype="bfloat16")`) applied to what is multiplied."""
-        params = {name: round_array(tensor) for name, tensor in self.params.items()}
+        """The same inputs with `round_array` (for example `partial(equal.round_to, dtype="bfloat16")`) applied to its floats."""
+        params = {name: round_array(tensor) if tensor.dtype.kind == "f" else tensor for name, tensor in self.params.items()}
         x, dy = (_laid_out(round_array(array), array.flags.c_contiguous) for array in (self.x, self.dy))
         routing = dataclasses.replace(self.routing, gate=round_array(self.routing.gate))
         return dataclasses.replace(self, x=x, dy=dy, params=params, routing=routing)
