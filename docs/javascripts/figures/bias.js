@@ -1,0 +1,56 @@
+// Bias controller: after every step each expert's bias moves by ±rate against its load.
+import { countLoad, fixed, maxViolation, range, sigmoid, sum, topK } from "../core.js";
+
+const TOP_K = 2;
+
+export function compute({ logRate, skew, steps, shift }, { batches, preference }) {
+  const rate = 10 ** logRate;
+  const E = preference.length;
+  const bias = new Array(E).fill(0);
+  const loads = [];
+  for (const step of range(steps)) {
+    const turned = shift === "half" && step >= steps / 2;
+    const wanted = turned ? [...preference].reverse() : preference;
+    const scores = batches[step % batches.length].map((row) => sigmoid(row.map((z, e) => z + skew * wanted[e])));
+    const load = countLoad(scores.map((row) => topK(row.map((s, e) => s + bias[e]), TOP_K)), E);
+    const average = sum(load) / E;
+    load.forEach((n, e) => { bias[e] += rate * Math.sign(average - n); });
+    loads.push(load);
+  }
+  return { bias, loads, violation: loads.map(maxViolation) };
+}
+
+/** Mean of each value and the `width − 1` before it. */
+const smooth = (row, width) => row.map((_, i) => {
+  const part = row.slice(Math.max(0, i - width + 1), i + 1);
+  return sum(part) / part.length;
+});
+
+export default {
+  title: "A controller instead of a loss",
+  defaults: () => ({ logRate: -2, skew: 1, steps: 160, shift: "no" }),
+  valid: ({ steps, shift, logRate }) => steps >= 1 && steps <= 400 && logRate <= 0 && (shift === "no" || shift === "half"),
+  controls: () => [
+    { key: "logRate", label: "Step of the bias, γ", min: -3.5, max: -0.5, step: 0.25, show: (value) => (10 ** value).toPrecision(2) },
+    { key: "skew", label: "How uneven the router is", min: 0, max: 2, step: 0.25, show: (value) => fixed(value, 2) },
+    { key: "steps", label: "Training steps", min: 20, max: 400, step: 20 },
+    { key: "shift", label: "The data", options: [["no", "stay as they are"], ["half", "turn around half way"]] },
+  ],
+  compute,
+  picture({ bias, loads, violation }, { steps }) {
+    const line = smooth(violation, 4);
+    const top = Math.max(3, ...line);
+    const x = (i) => 34 + (316 * i) / Math.max(1, steps - 1);
+    const y = (v) => 150 - (130 * v) / top;
+    const path = line.map((v, i) => `${i ? "L" : "M"}${x(i).toFixed(1)} ${y(v).toFixed(1)}`).join("");
+    const ticks = range(Math.floor(top) + 1).map((v) => `<line class="moe-axis" x1="34" x2="350" y1="${y(v)}" y2="${y(v)}"/><text class="moe-small" x="28" y="${y(v) + 4}" text-anchor="end">${v}</text>`);
+    const cells = bias.map((b, e) => `<td>${fixed(b, 3)}</td>`).join("");
+    const last = loads.at(-1).map((n) => `<td>${n}</td>`).join("");
+    return `<svg viewBox="0 0 360 176" aria-hidden="true">${ticks.join("")}<path class="moe-curve moe-e0" d="${path}"/><text class="moe-small" x="34" y="14">MaxVio, mean of four steps</text><text class="moe-small" x="350" y="170" text-anchor="end">step ${steps}</text></svg>
+<div class="moe-scroll"><table class="moe-grid"><thead><tr><th scope="col">expert</th>${bias.map((_, e) => `<th scope="col">${e + 1}</th>`).join("")}</tr></thead><tbody><tr><th scope="row">bias</th>${cells}</tr><tr><th scope="row">last load</th>${last}</tr></tbody></table></div>`;
+  },
+  describe({ violation, loads }) {
+    const end = violation.slice(-16);
+    return `MaxVio is ${fixed(violation[0])} at the first step and ${fixed(sum(end) / end.length)} on average over the last ${end.length}. The last load is ${loads.at(-1).join(", ")}.`;
+  },
+};

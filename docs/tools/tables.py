@@ -1,0 +1,108 @@
+"""Tables and names for the pages, computed from the running example, the presets and the committed results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import sources
+
+from reference import cost, example, moe_forward, presets
+
+OUTPUT, CACHE = moe_forward(example.inputs(), example.params(), example.CONFIG, training=True)
+ROUTING = OUTPUT.routing
+
+
+def digits(value: float, places: int = 3) -> str:
+    """A number as a page prints it, with a true minus sign."""
+    return f"{value:,.{places}f}".replace("-", "−")
+
+
+def billions(count: float) -> str:
+    """A number of parameters in 10⁹."""
+    return f"{count / 1e9:,.1f}" if count >= 1e8 else f"{count / 1e9:.2g}"
+
+
+def sizes(name: str) -> cost.Parameters:
+    """Parameters of a preset's whole model, total and active."""
+    return cost.sum_parameters(cost.model_parameters(presets.model(name)))
+
+
+NAMES: dict[str, Any] = {
+    "np": np, "example": example, "output": OUTPUT, "routing": ROUTING, "words": example.WORDS, "experts": example.EXPERTS,
+    "digits": digits, "billions": billions, "sizes": sizes, "presets": presets,
+}  # fmt: skip
+"""What sentences of every page can compute with."""
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: bool = True) -> str:
+    """A Markdown table; all columns but the first to the right where they hold numbers."""
+    rule = ["---", *(["---:" if numbers else "---"] * (len(header) - 1))]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, rule, *rows))
+
+
+def example_inputs() -> str:
+    """Words and their vectors."""
+    x_TD = example.inputs()
+    return markdown(["word", *example.EXPERTS], [[word, *(digits(v, 1) for v in x_TD[t])] for t, word in enumerate(example.WORDS)])
+
+
+def example_scores() -> str:
+    """Softmax scores, the chosen ones in bold."""
+    rows = []
+    for t, word in enumerate(example.WORDS):
+        cells = [digits(score) for score in ROUTING.scores[t]]
+        rows.append([word, *(f"**{cell}**" if e in ROUTING.expert[t] else cell for e, cell in enumerate(cells))])
+    return markdown(["word", *example.EXPERTS], rows)
+
+
+def example_assignments() -> str:
+    """Who goes where with what gate, and who is dropped."""
+
+    def cell(token: int, slot: int) -> str:
+        name = example.EXPERTS[ROUTING.expert[token, slot]]
+        return f"{name} {digits(ROUTING.gate[token, slot])}" if ROUTING.keep[token, slot] else f"~~{name}~~ dropped"
+
+    return markdown(
+        ["word", "first choice", "second choice"], [[w, cell(t, 0), cell(t, 1)] for t, w in enumerate(example.WORDS)], numbers=False
+    )
+
+
+def preset_sizes() -> str:
+    """Every preset: layers, experts, chosen, total and active parameters."""
+    rows = []
+    for name in presets.names():
+        model, (total, active) = presets.model(name), sizes(name)
+        experts, chosen = model.moe.experts, model.moe.gating.top_k
+        shared = f" + {experts.shared}" if experts.shared else ""
+        routed = ("1", "1") if model.moe_every == 0 else (f"{experts.count}{shared}", f"{chosen}{shared}")
+        rows.append([f"`{name}`", *routed, billions(total), billions(active), f"{100 * active / total:.1f} %"])
+    return markdown(["model", "experts", "per token", "total, 10⁹", "active, 10⁹", "active share"], rows)
+
+
+def parity() -> str:
+    """How far the writings of each layer are from the NumPy layer, from the committed results."""
+    results = json.loads((sources.ROOT / "docs/results/status.json").read_text(encoding="utf-8"))
+    rows = []
+    for entry in results["rows"]:
+        cells = [entry["recipe"]["forward"], entry["autograd"]["forward"], entry["autograd"]["gradient"]]
+        rows.append([f"`{entry['preset']}`", *(f"{cell['max']:.0e}" for cell in cells)])
+    return markdown(["preset", "recipe", "PyTorch", "PyTorch, gradients"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "example-inputs": example_inputs,
+    "example-scores": example_scores,
+    "example-assignments": example_assignments,
+    "preset-sizes": preset_sizes,
+    "parity": parity,
+}
+
+
+def get(name: str) -> str:
+    """The table of this name. Raises ValueError with the known names."""
+    if name not in TABLES:
+        raise ValueError(f"no table {name!r}; known: {', '.join(TABLES)}")
+    return TABLES[name]()

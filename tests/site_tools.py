@@ -1,0 +1,18 @@
+"""The build scripts of docs/tools as modules for the tests."""
+
+from __future__ import annotations
+
+import sys
+
+from conftest import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "docs/tools"))
+
+# isort: off
+import build
+import figures
+import render
+import sources
+import tables
+
+__all__ = ["build", "figures", "render", "sources", "tables"]

@@ -1,0 +1,240 @@
+"""The built site in Chromium: every page at two widths and in both schemes, every figure under the keyboard, nothing from elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import site_server
+from conftest import REPOSITORY, needs_tool
+from site_tools import figures
+
+pytestmark = pytest.mark.slow
+
+WIDTHS, SCHEMES = (390, 1280), ("light", "dark")
+MAX_BYTES, MAX_REQUESTS, MAX_SHIFT = 700_000, 40, 0.1
+LATER = ("mermaid.min.js", "search_index.json")  # after the page: the first diagram loads the one, the search in its worker the other
+AXE = REPOSITORY / "docs/node_modules/axe-core/axe.min.js"
+AXE_RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+RECORD_SHIFTS = """window.shifts = 0;
+new PerformanceObserver((list) => { for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.shifts += entry.value; })
+  .observe({ type: "layout-shift", buffered: true });"""
+AWAKE = "() => [...document.querySelectorAll('moe-figure')].every((figure) => figure.dataset.awake === 'yes')"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """(address, folder) of the site, built and served."""
+    for tool in ("node", "npm"):
+        needs_tool(tool)
+    folder, port = tmp_path_factory.mktemp("site"), site_server.free_port()
+    built = site_server.build(folder, port)
+    with site_server.serve(folder / "www", port):
+        yield f"http://127.0.0.1:{port}/{site_server.PREFIX}/", built
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium."""
+    needs_tool("playwright")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=needs_tool("chromium"), args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+class Visit:
+    """A page in a context of its own; `troubles` fills with console errors, exceptions and requests to other origins."""
+
+    def __init__(self, browser: Any, address: str, **options: Any) -> None:
+        self.context = browser.new_context(**options)
+        self.address, self.troubles, self.documents = address, [], 0
+        self.context.route("**/*", self._let_through)
+        self.page = self.context.new_page()
+        self.page.on("console", lambda message: message.type in ("error", "warning") and self.troubles.append(message.text))
+        self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
+
+    def _let_through(self, route: Any) -> None:
+        url = route.request.url
+        if url.startswith((self.address, "data:", "blob:")):
+            self.documents += route.request.resource_type == "document"
+            route.continue_()
+        else:
+            self.troubles.append(f"asks for {url}")
+            route.abort()
+
+    def open(self, path: str) -> Any:
+        """The page, its figures awake."""
+        self.page.goto(self.address + path, wait_until="load")
+        self.page.wait_for_function(AWAKE)
+        return self.page
+
+    def __enter__(self) -> Visit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
+
+
+def paths(folder: Path) -> list[str]:
+    """Every page of the built site."""
+    found = (page.relative_to(folder).as_posix().removesuffix("index.html") for page in sorted(folder.rglob("index.html")))
+    return list(found)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_page(site, browser, width, scheme):
+    address, folder = site
+    bad = []
+    with Visit(browser, address, viewport={"width": width, "height": 900}, color_scheme=scheme) as visit:
+        visit.context.add_init_script(RECORD_SHIFTS)
+        for path in paths(folder):
+            page = visit.open(path)
+            bad += [f"{path or 'home'}: {trouble}" for trouble in visit.troubles]
+            visit.troubles.clear()
+            if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
+                bad.append(f"{path}: scrolls sideways")
+            if (shift := page.evaluate("window.shifts")) > MAX_SHIFT:
+                bad.append(f"{path}: layout shifts by {shift:.2f}")
+            page.evaluate(AXE.read_text(encoding="utf-8"))
+            for violation in page.evaluate(f"axe.run(document, {AXE_RULES}).then((found) => found.violations)"):
+                nodes = [node["html"][:120] for node in violation["nodes"][:2]]
+                bad.append(f"{path}: axe {violation['id']}: {nodes}")
+    assert not bad, "\n".join(bad)
+
+
+def test_weight_and_requests(site, browser):
+    address, folder = site
+    bad = []
+    for path in paths(folder):
+        with Visit(browser, address, viewport={"width": 1280, "height": 900}) as visit:
+            page = visit.open(path)
+            page.wait_for_load_state("networkidle")
+            entries = page.evaluate(
+                "[...performance.getEntriesByType('navigation'), ...performance.getEntriesByType('resource')]"
+                ".map((entry) => [entry.name, entry.decodedBodySize])"
+            )
+        weight = sum(size for name, size in entries if not name.endswith(LATER))
+        if weight > MAX_BYTES or len(entries) > MAX_REQUESTS:
+            bad.append(f"{path or 'home'}: {weight} bytes in {len(entries)} requests")
+    assert not bad, "\n".join(bad)
+
+
+def test_links_and_anchors_hold(site):
+    assert site_server.broken_links(site[1]) == []
+
+
+def test_link_checker_sees_what_is_broken(tmp_path):
+    (tmp_path / "index.html").write_text('<a id="here" href="#gone"></a><a href="no.html"></a><script src="https://x.y/z.js"></script>')
+    assert len(site_server.broken_links(tmp_path)) == 3
+
+
+# Page, key of a control, how often ArrowRight (negative: ArrowLeft), what it changes, what the status must then say of Python's result.
+Told = Callable[[dict], str]
+MOVES: dict[str, tuple[str, str, int, dict[str, Any], Told]] = {
+    "route": ("", "topK", -1, {"topK": 1}, lambda case: f"goes to action with gate {case['gate'][2][0]:.3f}. Capacity {case['capacity']}"),
+    "gates": ("chapters/gating/", "z0", -20, {"logits": [-1.0, -1.0, 1.6, 0.3]}, lambda case: f"{case['sigmoid']['gate'][0]:.3f}, "),
+    "buckets": ("chapters/capacity/", "factor", -1, {"factor": 0.75}, lambda case: f"served, {len(case['dropped'])} dropped"),
+    "losses": ("chapters/losses/", "pull", 8, {"pull": 2.0}, lambda case: f"The loss is {case['losses']['right']:.3f}"),
+    "bias": ("chapters/bias/", "skew", 2, {"skew": 1.5}, lambda case: f"MaxVio is {case['violation'][0]:.2f} at the first step"),
+    "cost": ("chapters/why-sparse/", "right", 0, {}, lambda case: f"mixtral-8x7b stores {case['right']['total'] / 1e9:.1f}"),
+    "lamp": ("chapters/equal/", "logAtol", -8, {"logAtol": -6.0}, lambda case: "all zeros" if case["zero"]["allclose"] else "no wrong one"),
+}
+STARTS = {
+    "route": {"word": 2, "topK": 2, "factor": 1.0, "order": "choice_major"},
+    "gates": {"topK": 2},
+    "buckets": {"factor": 1.0, "order": "choice_major", "step": 16},
+    "losses": {"pull": 0.0, "topK": 2, "factor": 1.0},
+    "bias": {"logRate": -2.0, "skew": 1.0, "steps": 160, "shift": "no"},
+    "cost": {"left": "dense", "right": "mixtral-8x7b", "bytes": 2},
+    "lamp": {"logSize": -3.0, "logAtol": -2.0, "rtol": 0.02},
+}
+
+
+def test_every_figure_is_tried():
+    assert set(MOVES) == set(STARTS) == set(figures.FIGURES)
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_figure_under_the_keyboard_shows_what_python_computes(site, browser, name):
+    path, key, presses, change, told = MOVES[name]
+    make_data, _, case = figures.FIGURES[name]
+    data = make_data()
+    state = STARTS[name] | ({"logits": [z for row in data["logits"] for z in row]} if name == "route" else {}) | change
+    with Visit(browser, site[0], viewport={"width": 390, "height": 900}) as visit:
+        page = visit.open(path)
+        page.focus(f"#figure-{name}-{key}")
+        for _ in range(abs(presses)):
+            page.keyboard.press("ArrowRight" if presses > 0 else "ArrowLeft")
+        page.wait_for_timeout(500)
+        assert told(case(state, data)) in page.inner_text(f"#figure-{name} .moe-status")
+        assert ("?" in page.evaluate("location.hash")) == (presses != 0)
+        page.click(f"#figure-{name} .moe-reset")
+        page.wait_for_timeout(500)
+        assert page.evaluate("location.hash") == "" and not visit.troubles
+
+
+def test_address_restores_a_figure(site, browser):
+    with Visit(browser, site[0], viewport={"width": 1280, "height": 900}) as visit:
+        page = visit.open("#figure-route?topK=3&factor=0.5")
+        assert page.input_value("#figure-route-topK") == "3"
+        assert f"Capacity {figures.slots_per_expert({'factor': 0.5}, 3, 8, 4)}" in page.inner_text("#figure-route .moe-status")
+
+
+def test_figure_is_touched(site, browser):
+    with Visit(browser, site[0], viewport={"width": 390, "height": 900}, has_touch=True) as visit:
+        page = visit.open("")
+        page.tap("#figure-route [data-set='word=7']")
+        page.wait_for_timeout(500)
+        assert "“purred” goes to" in page.inner_text("#figure-route .moe-status")
+
+
+def test_instant_navigation_wakes_figures_and_formulas(site, browser):
+    with Visit(browser, site[0], viewport={"width": 1280, "height": 900}) as visit:
+        page = visit.open("")
+        for link, path in (
+            ("article a[href*='chapters/gating/']", "chapters/gating/"),
+            (".md-nav--primary a[href*='bias']", "chapters/bias/"),
+        ):
+            page.click(link)
+            page.wait_for_url(re.compile(path))
+            page.wait_for_function(AWAKE)
+            page.wait_for_selector(".katex")
+            page.focus("moe-figure input")
+            before = page.inner_text(".moe-picture")
+            page.keyboard.press("ArrowLeft")
+            page.wait_for_timeout(400)
+            assert page.inner_text(".moe-picture") != before
+        assert visit.documents == 1 and not visit.troubles
+
+
+def test_diagram_is_drawn_from_our_own_origin(site, browser):
+    with Visit(browser, site[0], viewport={"width": 1280, "height": 900}) as visit:
+        page = visit.open("")
+        page.wait_for_selector("div.mermaid", timeout=60_000)
+        assert page.evaluate("performance.getEntriesByType('resource').some((entry) => entry.name.endsWith('mermaid.min.js'))")
+        assert page.locator("div.mermaid").bounding_box()["height"] > 50 and not visit.troubles
+
+
+def test_figures_stay_readable_without_scripts(site, browser):
+    with Visit(browser, site[0], viewport={"width": 390, "height": 900}, java_script_enabled=False) as visit:
+        visit.page.goto(site[0])
+        assert visit.page.is_visible("#figure-route .moe-picture svg")
+        assert "goes to action" in visit.page.inner_text("#figure-route .moe-status")
+        assert not visit.page.is_visible("#figure-route .moe-controls")
+
+
+def test_search_finds_a_chapter(site, browser):
+    with Visit(browser, site[0], viewport={"width": 1280, "height": 900}) as visit:
+        page = visit.open("")
+        page.click(".md-search__input")
+        page.keyboard.type("towards the end")
+        page.wait_for_selector(".md-search-result__link[href*='capacity']", timeout=60_000)
+        assert not visit.troubles

@@ -1,0 +1,26 @@
+"""The figures of the site compute in JavaScript what Python computes: every state of `docs/tools/figures.py` under node."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+from conftest import REPOSITORY, needs_tool
+from site_tools import figures
+
+
+def test_figures_equal_python(tmp_path):
+    node = needs_tool("node")
+    golden = tmp_path / "golden.json"
+    golden.write_text(figures.to_json({name: figures.golden(name) for name in figures.FIGURES}), encoding="utf-8")
+    command = [node, "--test", str(REPOSITORY / "tests/docs/figures.test.mjs")]
+    done = subprocess.run(command, env=os.environ | {"GOLDEN": str(golden)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"pass {3 * len(figures.FIGURES)}" in done.stdout, done.stdout
+
+
+def test_figures_are_drawn_before_scripts_run():
+    drawn = figures.draw(needs_tool("node"), list(figures.FIGURES))
+    for name, html in drawn.items():
+        assert 'role="status"' in html and f'id="figure-{name}"' in html
+    assert "dropped" in drawn["route"]

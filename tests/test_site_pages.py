@@ -1,0 +1,89 @@
+"""The pages of the site before any builder: code on them runs, what they cite exists, nothing of the machinery is left in them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from conftest import REPOSITORY
+from site_tools import build, figures, render, sources, tables
+
+from reference import notation, presets
+from reference.proof import bugs
+
+WRITTEN = build.sources_of_pages()
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, str]:
+    return build.assemble(WRITTEN)
+
+
+@pytest.mark.parametrize("path", WRITTEN)
+def test_page_renders_and_its_code_runs(path):
+    text = render.Page(path).render(WRITTEN[path])
+    assert "{{" not in re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.search(r".*\{\{.*", text)
+
+
+def test_every_page_is_in_the_navigation_and_nothing_else(pages):
+    named = re.findall(r"(?:: |- )([\w/.-]+\.md)$", (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(pages)
+
+
+def test_museum_page_shows_every_piece(pages):
+    assert len(re.findall(r"^### ", pages["reference/museum.md"], re.MULTILINE)) == len(bugs.MUSEUM)
+    for bug in bugs.MUSEUM.values():
+        assert bug.seen in pages["reference/museum.md"]
+
+
+def test_every_equation_is_listed_where_links_look_for_it(pages):
+    for identifier in notation.EQUATIONS:
+        assert f"#eq-{identifier} }}" in pages[render.equation_home(identifier)]
+
+
+def test_every_story_is_on_its_page(pages):
+    for path, text in WRITTEN.items():
+        assert text.strip().splitlines()[0] in pages[path]
+
+
+def test_every_preset_has_a_page(pages):
+    told = "".join(text for path, text in pages.items() if path.startswith("architectures/") and not path.endswith("index.md"))
+    assert [name for name in presets.names() if f"`{name}`" not in told] == []
+
+
+def test_every_figure_stands_on_a_page():
+    used = set(re.findall(r"^\{\{ figure (\w+) \}\}", "\n".join(WRITTEN.values()), re.MULTILINE))
+    assert used == set(figures.FIGURES)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{{ source reference.gating.nothing }}", "{{ equation nothing }}", "{{ bug nothing }}", "{{ table nothing }}", "{{ figure nothing }}",
+     "{{ nothing at-all }}", "{{= nothing }}", "```python\n1 / 0\n```"],
+)  # fmt: skip
+def test_what_does_not_exist_is_refused(line):
+    with pytest.raises(ValueError, match=r"page\.md"):
+        render.Page("page.md").render(line)
+
+
+def test_output_follows_code_and_values_fill_sentences():
+    page = render.Page("chapters/page.md")
+    text = page.render("```python\nx = 2 * 21\nprint(x)\n```\n\nIt is {{= x }}, or {{= f'{x:04}' }}; `{{= x }}` is code.\n")
+    assert "{ .text .output }\n42\n```" in text and "It is 42, or 0042; `{{= x }}` is code." in text
+
+
+def test_source_is_cut_with_its_decorators_and_without_its_docstring():
+    whole, bare = sources.find("reference.proof.equal.Tolerance"), sources.find("reference.proof.equal.Tolerance", docstring=False)
+    assert whole.text.startswith("@dataclass(frozen=True)\nclass Tolerance")
+    assert '"""The two bounds' in whole.text and '"""The two bounds' not in bare.text and "def rms_bound" in bare.text
+    with pytest.raises(ValueError, match="no file"):
+        sources.find("reference.nothing.at_all")
+
+
+def test_links_from_chapters_find_the_museum():
+    assert "(../reference/museum.md#softmax-twice)" in render.Page("chapters/losses.md").bug("softmax twice")
+    assert "(reference/museum.md#softmax-twice)" in render.Page("index.md").bug("softmax twice")
+
+
+def test_a_table_is_computed():
+    assert tables.get("example-assignments").count("dropped") == 1
