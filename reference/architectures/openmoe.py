@@ -2,7 +2,8 @@
 
 Source: Xue et al. 2024 (OpenMoE, arXiv 2402.01739), §2.2.
 Specific: who comes late in a sequence is dropped more often, which the paper measures; the dense FFN serves the dropped too.
-Deviates: the dense FFN has a norm of its own in OpenMoE; here it is the shared expert and reads what the router reads.
+Deviates: the dense FFN has a norm of its own in OpenMoE; here it is the shared expert and reads what the router reads. The paper's balance
+loss counts both choices and is 2 at an even load; this one is 1, and its weight twice the paper's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ._mixture import first_come, mixture, shared
 
 
 def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, info: TokenInfo, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
-    """y_t = FFN(x_t) + Σ_i p_ti E_i(x_t): (y [T, D], {"first_choice_balance", "router_z"})."""
+    """y_t = FFN(x_t) + Σ_i p_ti E_i(x_t): (y [T, D], {"expert_balance", "router_z"})."""
     experts = config.experts.count
     logits_TE, _ = logits_forward(x_TD, params["router.weight"])
     probability_TE, _ = softmax_forward(logits_TE)
@@ -31,10 +32,10 @@ def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, info: TokenInfo
     np.put_along_axis(gate_TE, expert_TK, np.where(keep_TK, gate_TK, 0), axis=1)
     y_TD = shared(x_TD, params) + mixture(x_TD, gate_TE, params, "swiglu")
 
-    share_E = np.bincount(expert_TK[:, 0], minlength=experts) / max(len(x_TD), 1)
+    share_E = np.bincount(expert_TK.ravel(), minlength=experts) / max(2 * len(x_TD), 1)
     mean_E = probability_TE.sum(0) / max(len(x_TD), 1)
     lse_T = np.logaddexp.reduce(logits_TE, axis=1)
     return y_TD, {
-        "first_choice_balance": experts * float(share_E @ mean_E),
+        "expert_balance": experts * float(share_E @ mean_E),
         "router_z": float((lse_T**2).sum() / max(len(x_TD), 1)),
     }
