@@ -19,7 +19,14 @@ MAX_BYTES, MAX_REQUESTS, MAX_SHIFT = 700_000, 40, 0.1
 LATER = ("mermaid.min.js", "search_index.json")  # after the page: the first diagram loads the one, the search in its worker the other
 AXE = REPOSITORY / "docs/node_modules/axe-core/axe.min.js"
 AXE_RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+]
 RECORD_SHIFTS = """window.shifts = 0;
 new PerformanceObserver((list) => { for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.shifts += entry.value; })
   .observe({ type: "layout-shift", buffered: true });"""
@@ -57,6 +64,7 @@ class Visit:
         self.address, self.troubles, self.documents = address, [], 0
         self.context.route("**/*", self._let_through)
         self.page = self.context.new_page()
+        self.page.set_default_timeout(120_000)  # a busy machine is slow, not broken
         self.page.on("console", lambda message: message.type in ("error", "warning") and self.troubles.append(message.text))
         self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
 
