@@ -284,8 +284,7 @@ def element(name: str, body: str) -> str:
     data = html.escape(to_json(FIGURES[name][0]()))
     return (
         f'<div class="moe-figure" id="figure-{name}" data-search-exclude><moe-figure name="{name}" data-given="{data}">'
-        f'<div class="moe-body">{body}</div></moe-figure>'
-        "<noscript><style>.moe-controls, .moe-reset { display: none; }</style></noscript></div>"
+        f'<div class="moe-body">{body}</div></moe-figure></div>'
     )
 
 
