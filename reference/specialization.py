@@ -93,7 +93,6 @@ def measure(
     experts = int(expert_N.max()) + 1
     entry, count = np.unique(block_N * experts + expert_N, return_counts=True)
     block, expert = np.divmod(entry, experts)
-
     table = _table(block_label[block], expert, count)
     information = _information(table)
     null = np.array([_information(_table(rng.permutation(block_label)[block], expert, count)) for _ in range(permutations)])
