@@ -90,6 +90,19 @@ def test_one_bad_row_among_thousands_fails_by_the_largest_error_alone():
     _fails(compare("y", candidate, truth, round_to(truth, "bfloat16"), "bfloat16"), "y: max error 0.2", "[1234, 5]", "bfloat16")
 
 
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_an_element_far_above_the_scale_may_be_wrong_by_its_own_roundings_and_no_more(dtype):
+    truth = np.random.default_rng(9).standard_normal((128, 64))
+    truth[5, 7] = 32.0
+    eager = round_to(truth, dtype)
+    neighbour, far = truth.copy(), truth.copy()
+    neighbour[5, 7] += 32.0 * Tolerance(dtype).eps
+    far[5, 7] += 5 * 32.0 * Tolerance(dtype).eps
+    assert compare("y", neighbour, truth, eager, dtype).passed
+    failures = compare("y", far, truth, eager, dtype).failures
+    assert any("max error" in failure and "[5, 7]" in failure for failure in failures), failures
+
+
 def test_two_percent_scale_fails_by_rms_alone():
     truth = np.random.default_rng(4).uniform(0.9, 1.1, (50, 16))
     report = compare("y", 1.02 * truth, truth, truth, "bfloat16")

@@ -21,11 +21,11 @@ export function compute({ logSize, logAtol, rtol }, { truth, eager, honest, widt
   const y = scaled(truth);
   const candidates = { honest: scaled(honest), zero: scaled(y, 0), negated: scaled(y, -1), scaled: scaled(y, 1.04), swapped: swapped(y, width) };
   const error = minus(scaled(eager), y);
-  const bound = { rms: 2 * rms(error) + (EPS / 4) * rms(y), max: 2 * largest(error) + 4 * EPS * rms(y) };
+  const bound = { rms: 2 * rms(error) + (EPS / 4) * rms(y), max: y.map((v) => 2 * largest(error) + 4 * EPS * Math.max(rms(y), Math.abs(v))) };
   return Object.fromEntries(Object.entries(candidates).map(([name, candidate]) => {
     const wrong = minus(candidate, y);
     const allclose = wrong.every((v, i) => Math.abs(v) <= 10 ** logAtol + rtol * Math.abs(y[i]));
-    return [name, { allclose, policy: rms(wrong) <= bound.rms && largest(wrong) <= bound.max }];
+    return [name, { allclose, policy: rms(wrong) <= bound.rms && wrong.every((v, i) => Math.abs(v) <= bound.max[i]) }];
   }));
 }
 
