@@ -103,6 +103,14 @@ def test_an_element_far_above_the_scale_may_be_wrong_by_its_own_roundings_and_no
     assert any("max error" in failure and "[5, 7]" in failure for failure in failures), failures
 
 
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_a_correctly_rounded_scalar_passes_and_a_wrong_one_does_not(dtype):
+    eps = Tolerance(dtype).eps
+    truth = np.asarray(1 + eps / 2 - eps / 100)
+    assert compare("loss", round_to(truth, dtype), truth, truth, dtype).passed
+    _fails(compare("loss", truth * (1 + 5 * eps), truth, truth, dtype), "loss: max error")
+
+
 def test_two_percent_scale_fails_by_rms_alone():
     truth = np.random.default_rng(4).uniform(0.9, 1.1, (50, 16))
     report = compare("y", 1.02 * truth, truth, truth, "bfloat16")
