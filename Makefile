@@ -42,9 +42,10 @@ test: $(INSTALLED)  ## the fast tests
 model: $(INSTALLED)  ## train the committed model again
 	$(MOEBIUS) model $(ARGS)
 
-lint: $(INSTALLED)  ## style and formatting
+lint: $(INSTALLED)  ## style, formatting and spelling
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m codespell_lib README.md Makefile .ci docs reference optimized notebooks tests
 
 types: $(INSTALLED)  ## type check of both tracks
 	$(PY) -m pyright --pythonpath $(PY) $(ARGS)
