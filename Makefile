@@ -18,7 +18,8 @@ endif
 MOEBIUS := $(PY) -m optimized.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help install tour test model lint types parity bench notebooks status site site-build clean
+.PHONY: help install tour test model lint types parity bench kernels kernel-faults second-triton gpu-check ladder expert-parallel lab notebooks \
+	status site site-build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -54,7 +55,29 @@ parity: $(INSTALLED)  ## every track against the reference
 	$(MOEBIUS) parity $(ARGS)
 
 bench: $(INSTALLED)  ## time the fast path against the limit and every peer (needs a quiet machine)
-	THP_MEM_ALLOC_ENABLE=1 $(MOEBIUS) bench --json docs/results/bench-cpu.json $(ARGS)
+	$(MOEBIUS) bench --json docs/results/bench-cpu.json $(ARGS)
+
+kernels: $(INSTALLED)  ## compile every kernel without a GPU and write the table
+	$(MOEBIUS) kernels --rejected --json docs/results/kernels-3.7.1.json $(ARGS)
+
+kernel-faults: $(INSTALLED)  ## plant every fault in the kernels again and write what catches it
+	OMP_NUM_THREADS=1 $(PY) tests/faults/report.py
+
+second-triton:  ## the kernels on Triton 3.9 (a second engine, its interpreter) and compiled by 3.9 and 3.6
+	PYTHON=$(PYTHON) .ci/second-triton
+
+gpu-check:  ## everything that only a GPU can tell, with the Python that is there
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m optimized.gpu_check $(ARGS)
+
+ladder: $(INSTALLED)  ## count what each rung of the ladder saves
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m optimized.ladder.count
+
+expert-parallel: $(INSTALLED)  ## step times, traffic and faults of expert parallelism
+	$(PY) -m optimized.expert_parallel.measure --json docs/results/expert-parallel.json
+	$(PY) -m optimized.expert_parallel.faults --json docs/results/expert-parallel-faults.json
+
+lab: $(INSTALLED)  ## the training runs of the site: moebius lab NAME --json FILE writes one anew
+	$(MOEBIUS) lab all $(ARGS)
 
 notebooks: $(INSTALLED)  ## execute the notebooks and write them with their outputs
 	$(PY) notebooks/build.py $(ARGS)

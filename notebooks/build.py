@@ -4,6 +4,9 @@ A source `NN_title.py` is divided by lines `# %%` (code), `# %% [markdown]` (com
 notebooks come of it: `NN_title.ipynb` has the exercises' stubs, `solutions/NN_title.ipynb` the solutions in their place. Both begin with
 `first_cell.py` and are executed from top to bottom, so nothing below an exercise may need its solution.
 
+Above the first marker, a line `# needs: torch, rich` names what must be importable beside NumPy and Matplotlib, and a line
+`# environment: NAME=value` what must be set before anything is imported; the first cell sees to both.
+
 In Markdown, `{{reference.gating.top_k}}` becomes a link to the line that defines it, and `{{path/from/the/root}}` a link to a file.
 """
 
@@ -31,6 +34,7 @@ AT_ONCE = 2
 MOST_CELLS = 30
 VARIANTS = {"exercise": "EXERCISE", "solution": "SOLUTION"}
 MARKER = re.compile(r"^# %%[ ]*(?P<tag>.*?)[ ]*$")
+HEADER = re.compile(r"^# (?P<key>needs|environment): (?P<value>.+)$", re.MULTILINE)
 LINK = re.compile(r"\{\{(?P<target>[\w./-]+)\}\}")
 KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 
@@ -72,7 +76,7 @@ def link(name: str, up: str) -> str:
         return f"[{name}]({up}{name})"
     module, _, attribute = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = inspect.unwrap(getattr(importlib.import_module(module), attribute))
         line = inspect.getsourcelines(found)[1]
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{{{{{name}}}}} names neither a file of the repository nor a function or class") from error
@@ -80,12 +84,25 @@ def link(name: str, up: str) -> str:
     return f"[`{attribute}`]({up}{path}#L{line})"
 
 
+def first_cell(source: str) -> str:
+    """`first_cell.py` with the needs and the environment that stand above the first marker of a source."""
+    header = {match["key"]: match["value"] for match in HEADER.finditer(source.partition("# %%")[0])}
+    code = (HERE / "first_cell.py").read_text(encoding="utf-8").strip()
+    more = [name.strip() for name in header.get("needs", "").split(",") if name.strip()]
+    code = code.replace('("numpy", "matplotlib")', "(" + ", ".join(f'"{name}"' for name in ("numpy", "matplotlib", *more)) + ")")
+    if "environment" in header:
+        name, _, value = header["environment"].partition("=")
+        code = code.replace("import subprocess", "import os\nimport subprocess") + f'\nos.environ["{name}"] = "{value}"'
+    return code
+
+
 def compose(source: Path, variant: str) -> nbformat.NotebookNode:
     """The notebook of a source, not executed. Raises ValueError where it has more than MOST_CELLS cells."""
     up = "../" * len(target(source, variant).parent.relative_to(ROOT).parts)
     hidden = {tag for name, tag in VARIANTS.items() if name != variant}
-    pieces = [cell for cell in parse(source.read_text(encoding="utf-8")) if cell.tag not in hidden]
-    pieces.insert(1, Cell("", (HERE / "first_cell.py").read_text(encoding="utf-8").strip()))
+    text = source.read_text(encoding="utf-8")
+    pieces = [cell for cell in parse(text) if cell.tag not in hidden]
+    pieces.insert(1, Cell("", first_cell(text)))
     if len(pieces) > MOST_CELLS:
         raise ValueError(f"{source.name} has {len(pieces)} cells; the limit is {MOST_CELLS}")
     cells = []

@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK = "#7f7f7f"
-COLOURS = ("#4a8fd0", "#d2762b", "#3c9a68", "#b065c0")
+COLOURS = ("#4a8fd0", "#d2762b", "#3c9a68", "#b065c0", "#c9525a", "#8c8a2e", "#2a9da5", "#a07855")
+LINES = ("-", "--", ":", "-.")
 HATCHES = ("", "//", "..", "xx")
 STYLE = {
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "hatch.linewidth": 0.6,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK,
 }  # fmt: skip
+SHADES = LinearSegmentedColormap.from_list("shades", [(0.29, 0.56, 0.82, 0.0), (0.29, 0.56, 0.82, 1.0)])
+"""From nothing, whatever lies below, to blue."""
 
 
-def axes(width: float, height: float, title: str) -> Axes:
-    """Axes in the style of these notebooks."""
+class Picture(Figure):
+    """A figure whose text, where a picture cannot be shown, says what it shows."""
+
+    def __repr__(self) -> str:
+        return "picture: " + " · ".join(drawn.get_title() for drawn in self.axes if drawn.get_title())
+
+
+def axes(width: float, height: float, *titles: str) -> Sequence[Axes]:
+    """Axes beside one another in the style of these notebooks, one for each title."""
     plt.rcParams.update(STYLE)
-    _, drawn = plt.subplots(figsize=(width, height), layout="constrained")
-    drawn.set_title(title)
-    return drawn
+    _, drawn = plt.subplots(1, len(titles), figsize=(width, height), layout="constrained", squeeze=False, FigureClass=Picture)
+    for own, title in zip(drawn[0], titles, strict=True):
+        own.set_title(title)
+    return drawn[0]
+
+
+def _legend(drawn: Axes) -> None:
+    drawn.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def load(load_E: np.ndarray, capacity: int, experts: Sequence[str]) -> None:
     """Assignments asked for, one bar for each expert, with the capacity as a line; what lies above it is hatched."""
-    drawn = axes(6, 2.6, "what is asked of each expert, and its capacity")
+    (drawn,) = axes(6, 2.6, "what is asked of each expert, and its capacity")
     kept_E = np.minimum(load_E, capacity)
     drawn.bar(experts, kept_E, color=COLOURS[0], label="accepted")
     full = [name for name, over in zip(experts, load_E > capacity, strict=True) if over]
@@ -36,27 +55,101 @@ def load(load_E: np.ndarray, capacity: int, experts: Sequence[str]) -> None:
     drawn.bar(full, over_E, bottom=capacity, color="none", edgecolor=COLOURS[1], hatch="///", label="dropped")
     drawn.axhline(capacity, color=INK, linestyle="--", label="capacity")
     drawn.set_ylabel("assignments")
-    drawn.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(drawn)
 
 
 def gates(gates_by_router: Mapping[str, np.ndarray], experts: Sequence[str], token: str) -> None:
     """One group of bars for each router: the gate that each expert [E] gets from it, 0 where it was not chosen."""
-    drawn = axes(7.5, 2.8, f"the gates of “{token}”")
-    where = np.arange(len(gates_by_router))
-    for expert, name in enumerate(experts):
-        height = [gate_E[expert] for gate_E in gates_by_router.values()]
-        drawn.bar(where + 0.2 * (expert - 1.5), height, 0.18, color=COLOURS[expert], hatch=HATCHES[expert], label=name)
-    drawn.axhline(1, color=INK, linestyle=":", linewidth=1)
-    drawn.set_xticks(where, list(gates_by_router))
-    drawn.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    heights = {name: [gate_E[expert] for gate_E in gates_by_router.values()] for expert, name in enumerate(experts)}
+    bars(list(gates_by_router), heights, f"the gates of “{token}”", "")
+    plt.gca().axhline(1, color=INK, linestyle=":", linewidth=1)
 
 
-def curves(x: np.ndarray, curves_by_name: Mapping[str, np.ndarray], xlabel: str, title: str) -> None:
-    """Several functions of one variable, told apart by colour and by the kind of line."""
-    drawn = axes(6.5, 2.8, title)
-    lines = zip(curves_by_name.items(), COLOURS, ("-", "--", ":", "-."), strict=False)
-    for (name, values), colour, line in lines:
+def bars(groups: Sequence[str], heights: Mapping[str, Sequence[float]], title: str, ylabel: str) -> None:
+    """One group of bars for each name in `groups`, and in it one bar for each series."""
+    (drawn,) = axes(7.5, 2.8, title)
+    where, width = np.arange(len(groups)), 0.8 / len(heights)
+    for number, ((name, series), colour, hatch) in enumerate(zip(heights.items(), COLOURS, cycle(HATCHES), strict=False)):
+        drawn.bar(where + width * (number - (len(heights) - 1) / 2), series, 0.9 * width, color=colour, hatch=hatch, label=name)
+    drawn.set_xticks(where, groups)
+    drawn.set_ylabel(ylabel)
+    _legend(drawn)
+
+
+def curves(
+    x: np.ndarray, curves_by_name: Mapping[str, np.ndarray], xlabel: str, title: str, *, scale: str = "linear", mark: float | None = None
+) -> None:
+    """Several functions of one variable, told apart by colour and by the kind of line; `mark` is a place to point at."""
+    (drawn,) = axes(6.5, 2.8, title)
+    for (name, values), colour, line in zip(curves_by_name.items(), COLOURS, cycle(LINES), strict=False):
         drawn.plot(x, values, color=colour, linestyle=line, linewidth=2, label=name)
-    drawn.axhline(0, color=INK, linewidth=0.8)
+    if scale == "linear":
+        drawn.axhline(0, color=INK, linewidth=0.8)
+    if mark is not None:
+        drawn.axvline(mark, color=COLOURS[1], linestyle="--")
+    drawn.set_yscale(scale)
     drawn.set_xlabel(xlabel)
-    drawn.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(drawn)
+
+
+def shares(load_SE: np.ndarray, title: str, mark: int | None = None) -> None:
+    """Who gets the tokens, step by step: one row for each expert, dark where it gets many; `mark` is a step to point at."""
+    (drawn,) = axes(7, 2.8, title)
+    share_ES = (load_SE / load_SE.sum(1, keepdims=True)).T
+    image = drawn.imshow(share_ES, aspect="auto", cmap=SHADES, vmin=0, interpolation="nearest")
+    drawn.figure.colorbar(image, ax=drawn, label="share of the load")
+    if mark is not None:
+        drawn.axvline(mark, color=COLOURS[1], linestyle="--", linewidth=2)
+    drawn.set_xlabel("step")
+    drawn.set_ylabel("expert")
+    drawn.set_yticks(range(len(share_ES)))
+
+
+def table(values: np.ndarray, rows: Sequence[str], title: str, xlabel: str, columns: Sequence[str] = ()) -> None:
+    """A matrix of numbers ≥ 0, dark where they are large."""
+    (drawn,) = axes(7.5, 0.9 + 0.28 * len(rows), title)
+    image = drawn.imshow(values, aspect="auto", cmap=SHADES, vmin=0, interpolation="nearest")
+    drawn.figure.colorbar(image, ax=drawn)
+    drawn.set_yticks(range(len(rows)), rows)
+    drawn.set_xticks(range(values.shape[1]), columns or [str(column) for column in range(values.shape[1])])
+    drawn.set_xlabel(xlabel)
+
+
+def moves(token_N: np.ndarray, expert_N: np.ndarray, titles: Sequence[str], orders: Sequence[np.ndarray]) -> None:
+    """Which token each row is a copy of, before and after sorting; a colour and a mark for each expert."""
+    for drawn, order_N in zip(axes(8, 3.2, *titles), orders, strict=True):
+        for expert in np.unique(expert_N):
+            own = np.flatnonzero(expert_N[order_N] == expert)
+            mark = "osD^vP*X"[expert % 8]
+            drawn.scatter(token_N[order_N][own], own, color=COLOURS[expert % 8], marker=mark, label=f"expert {expert}")
+        drawn.invert_yaxis()
+        drawn.set_xlabel("token")
+        drawn.set_ylabel("row")
+        drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(drawn)
+
+
+def tiles(spans: Sequence[tuple[int, int, int]], height: int, experts: int) -> None:
+    """The tiles along the rows, as (expert, first row, end of the expert): filled where a row is the expert's, hatched where not."""
+    (drawn,) = axes(7.5, 0.9 + 0.3 * experts, f"tiles of {height} rows: filled is computed and stored, hatched is masked")
+    for expert, first, end in spans:
+        used = min(first + height, end) - first
+        drawn.barh(expert, used, left=first, color=COLOURS[0], edgecolor=INK)
+        drawn.barh(expert, height - used, left=first + used, color="none", edgecolor=COLOURS[1], hatch="///")
+    drawn.set_yticks(range(experts), [f"expert {expert}" for expert in range(experts)])
+    drawn.invert_yaxis()
+    drawn.set_xlabel("row")
+
+
+def difference(name: str, yours: np.ndarray, reference: np.ndarray) -> None:
+    """A wrong answer beside the right one: matrices as three shaded tables, anything smaller as bars."""
+    yours, reference = (np.asarray(array, np.float64) for array in (yours, reference))
+    if reference.ndim == 2 and reference.size:
+        top = float(np.nanmax(np.abs([yours, reference]), initial=1e-30))
+        parts = {f"your {name}": np.abs(yours), "reference": np.abs(reference), "where they differ": np.abs(yours - reference)}
+        for drawn, values in zip(axes(8, 2.6, *parts), parts.values(), strict=True):
+            image = drawn.imshow(values, aspect="auto", cmap=SHADES, vmin=0, vmax=top, interpolation="nearest")
+        drawn.figure.colorbar(image, ax=drawn, label="size")
+    else:
+        places = [str(place) for place in range(reference.size)]
+        bars(places, {"yours": yours.ravel(), "reference": reference.ravel()}, f"your {name} beside the reference", "")

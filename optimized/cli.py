@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from .commands import COMMANDS, Result
+from .environment import prepare_process
 
 GOOD, NOT_GOOD, BAD_INPUT = 0, 1, 2
 
@@ -93,6 +94,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """The entry point of `moebius` and of `python -m optimized.cli`."""
+    prepare_process()
     sys.exit(run(sys.argv[1:]))
 
 

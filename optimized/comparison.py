@@ -82,7 +82,8 @@ def preset_inputs(name: str, tokens: int = 96, groups: int = 3) -> tuple[Inputs,
     if config.gating.correction_bias:
         params["router.correction_bias"] = rng.normal(0, 0.1, config.experts.count)
     group_T = np.arange(tokens) * groups // tokens
-    return free_inputs(config, params, x_TD, dy_TD), Conditions(training=True, group_ids=group_T)
+    id_T = rng.integers(0, max(config.gating.vocabulary, 1), tokens)
+    return free_inputs(config, params, x_TD, dy_TD, id_T), Conditions(training=True, group_ids=group_T, token_ids=id_T)
 
 
 def case_inputs(case: Case) -> tuple[Inputs, Conditions]:
@@ -91,10 +92,10 @@ def case_inputs(case: Case) -> tuple[Inputs, Conditions]:
     return inputs, Conditions(replay=inputs.routing)
 
 
-def free_inputs(config: MoEConfig, params: dict[str, NDArray], x_TD: NDArray, dy_TD: NDArray) -> Inputs:
+def free_inputs(config: MoEConfig, params: dict[str, NDArray], x_TD: NDArray, dy_TD: NDArray, id_T: NDArray | None = None) -> Inputs:
     """Inputs whose routing is that of the layer's own router, without noise."""
     padding = np.zeros(len(x_TD), bool)
-    return Inputs(config, x_TD, dy_TD, params, moe_forward(x_TD, params, config)[0].routing, padding)
+    return Inputs(config, x_TD, dy_TD, params, moe_forward(x_TD, params, config, token_ids=id_T)[0].routing, padding)
 
 
 def compare_tracks(where: str, inputs: Inputs, conditions: Conditions, *, tracks: Sequence[Track], dtypes: Sequence[str]) -> list[Row]:
@@ -121,6 +122,7 @@ def _compare_in_dtype(where: str, inputs: Inputs, conditions: Conditions, chosen
             pad_mask=inputs.pad_mask,
             training=conditions.training,
             group_ids=conditions.group_ids,
+            token_ids=conditions.token_ids,
             rng=rng,
         )[0]
         conditions = conditions._replace(replay=recorded.routing)
@@ -128,7 +130,8 @@ def _compare_in_dtype(where: str, inputs: Inputs, conditions: Conditions, chosen
     truth = layer_truth(inputs, **arguments)
     scales = cancellation_scales(inputs, **arguments)
     yardstick = {} if dtype == "float64" else eager_outputs(inputs, truth, dtype, conditions)
-    choice = TRACKS[TRUTH].run(inputs, "float64", Conditions(group_ids=conditions.group_ids)).routing
+    alone = Conditions(group_ids=conditions.group_ids, token_ids=conditions.token_ids)
+    choice = TRACKS[TRUTH].run(inputs, "float64", alone).routing
     rows = []
     for track in chosen:
         reason = track.reason_against(inputs.config, dtype)
@@ -137,7 +140,7 @@ def _compare_in_dtype(where: str, inputs: Inputs, conditions: Conditions, chosen
             continue
         try:
             outputs = track.run(inputs, dtype, conditions).outputs
-            free = track.run(inputs, dtype, Conditions(group_ids=conditions.group_ids))
+            free = track.run(inputs, dtype, alone)
         except Exception as error:  # whatever a track raises is its failure, and the others still run
             rows.append(Row(where, track.name, dtype, "broken", why=(f"{type(error).__name__}: {error}",)))
             continue
@@ -167,7 +170,9 @@ def _float64_failures(reports: Sequence[Report]) -> list[str]:
 def _choice_failures(inputs: Inputs, free: Outcome, conditions: Conditions) -> list[str]:
     """The discrete half has no tolerance: given the scores, there is one right choice."""
     routing = free.routing
-    tokens = token_info(len(inputs.x), group_ids=conditions.group_ids, pad_mask=inputs.pad_mask)
+    if routing.mix is not None:  # nothing was chosen
+        return []
+    tokens = token_info(len(inputs.x), conditions.token_ids, group_ids=conditions.group_ids, pad_mask=inputs.pad_mask)
     bias = inputs.params.get("router.correction_bias")
     bias = None if bias is None else bias.astype(routing.scores.dtype)
     probability_TE, _ = SCORE_FUNCTIONS[inputs.config.scores.function].probability_forward(routing.scores)
@@ -236,11 +241,12 @@ def time_tracks(
     """One forward and backward pass of each track in `dtype` (the truth in its own float64) on one thread, in processor time.
 
     One warm-up each, then rounds in which every track runs once, for about `seconds`; medians, and the ratio is the median of the rounds'
-    ratios to `reference.autograd`, which a change of the machine's speed between rounds leaves alone.
+    ratios to `reference.autograd`, which a change of the machine's speed between rounds leaves alone. Tracks that are not `timed` are
+    left out.
     """
     rounded = rounded_to(inputs, dtype)
     steps, refused = {}, []
-    for track in tracks:
+    for track in (track for track in tracks if track.timed):
         own = dtype if dtype in track.dtypes else track.dtypes[0]
         reason = track.reason_against(inputs.config, own)
         if reason:

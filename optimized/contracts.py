@@ -27,6 +27,7 @@ class Contract:
     backend    the row of the backend table that it belongs to, or "auto" where it picks one itself
     grads      which gradients exist, of GRADIENTS
     dtypes     names in which the equality is tested; limits: what it cannot do, in words
+    of_module  the function changes a module, whose calls then compute what `equals` computes: its own arguments are others
     """
 
     name: str
@@ -36,13 +37,16 @@ class Contract:
     grads: tuple[str, ...]
     dtypes: tuple[str, ...]
     limits: str
+    of_module: bool = False
 
     def __post_init__(self) -> None:
         for kind, values, known in (("gradient", self.grads, GRADIENTS), ("dtype", self.dtypes, tuple(MANTISSA_BITS))):
             for value in values:
                 require(value in known, f"the contract of {self.name} names the {kind} {value!r}; known: {', '.join(known)}")
         require(bool(self.dtypes), f"the contract of {self.name} names no dtype")
-        _check_parameters(self.name, self.function, self.equals, self.target())
+        target = self.target()
+        if not self.of_module:
+            _check_parameters(self.name, self.function, self.equals, target)
 
     def target(self) -> Callable:
         """The reference function. Raises ValueError where there is none of this name."""
@@ -73,7 +77,9 @@ def _names(parameters: list[inspect.Parameter]) -> str:
 CONTRACTS: dict[str, Contract] = {}
 
 
-def contract(*, equals: str, grads: tuple[str, ...], dtypes: tuple[str, ...], limits: str, backend: str) -> Callable[[Function], Function]:
+def contract(
+    *, equals: str, grads: tuple[str, ...], dtypes: tuple[str, ...], limits: str, backend: str, of_module: bool = False
+) -> Callable[[Function], Function]:
     """Decorator that enters a function into CONTRACTS and returns it unchanged; the arguments are the fields of `Contract`.
 
     Raises ValueError where the reference has no such function or one with other parameters, and for a second contract of one name.
@@ -82,7 +88,7 @@ def contract(*, equals: str, grads: tuple[str, ...], dtypes: tuple[str, ...], li
     def register(function: Function) -> Function:
         name = f"{function.__module__}.{function.__qualname__}"
         require(name not in CONTRACTS, f"{name} has a contract already")
-        CONTRACTS[name] = Contract(name, function, equals, backend, grads, dtypes, limits)
+        CONTRACTS[name] = Contract(name, function, equals, backend, grads, dtypes, limits, of_module)
         return function
 
     return register

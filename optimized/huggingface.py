@@ -29,6 +29,7 @@ from .torch_backend import experts_backward, experts_forward
 FALLBACK = "transformers' eager"
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
 FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+SIGNATURE = "_moebius_plans"  # an attribute of a planned module that says what its plans are
 PROBE_ELEMENTS = 1 << 16
 # A gate function that is recognised agrees to this at every probe; the closest two that are in use, GELU and its tanh form, differ by 1e-4.
 SAME_FUNCTION: dict[str, Any] = dict(rtol=1e-6, atol=1e-12)
@@ -99,19 +100,25 @@ def explain(model: nn.Module) -> list[Explanation]:
     return [Explanation(name, type(found[name]).__name__, plan.backend, plan.note) for name, plan in plans.items()]
 
 
-@torch.compiler.disable  # what is asked and tried here is not for a traced program
 def run_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """An experts module's forward (combine): [T, D], expert ids [T, K], gates [T, K] → [T, D], in the dtype of the hidden states.
 
     Gradient: hidden states, gates and every parameter; that of an expert without tokens is exactly 0. An id of no expert, which expert
-    parallelism gives to what other ranks compute, adds nothing.
+    parallelism gives to what other ranks compute, adds nothing. Compiles without a graph break where the activation is recognised.
     """
     dtype = compute_dtype(hidden_states)
-    plan = _plan(module, dtype if dtype != hidden_states.dtype else _weight_dtype(module))
+    plan = _known_plan(module, dtype if dtype != hidden_states.dtype else _weight_dtype(module))
+    if torch.compiler.is_compiling():
+        getattr(module, SIGNATURE)  # read so that the compiled program is not used for a module with other plans
     if plan.backend is None:
-        _warn_once(type(module).__name__, plan.note)
-        return _eager(module)(module, hidden_states, top_k_index, top_k_weights)
+        return _fall_back(plan, module, hidden_states, top_k_index, top_k_weights)  # pyright: ignore[reportCallIssue]
     return _run(plan, module, hidden_states, top_k_index, top_k_weights)
+
+
+@torch.compiler.disable
+def _fall_back(plan: Plan, module: nn.Module, *arguments: Tensor) -> Tensor:
+    _warn_once(type(module).__name__, plan.note)
+    return _eager(module)(module, *arguments)
 
 
 def _eager(module: nn.Module) -> Callable[..., Tensor]:
@@ -128,6 +135,11 @@ def _weight_dtype(module: nn.Module) -> torch.dtype:
     return next((p.dtype for name, p in module.named_parameters(recurse=False) if name in WEIGHTS), torch.float32)
 
 
+@torch.compiler.assume_constant_result  # what is asked and tried here is not for a traced program
+def _known_plan(module: nn.Module, dtype: torch.dtype) -> Plan:
+    return _plan(module, dtype)
+
+
 def _plan(module: Any, dtype: torch.dtype) -> Plan:
     """The plan of a module for a compute dtype, made once and judged by the module's own forward."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -142,6 +154,7 @@ def _plan(module: Any, dtype: torch.dtype) -> Plan:
         plan, judged = Plan(None, None, str(reason)), True
     if judged:
         known[key] = plan
+    setattr(module, SIGNATURE, repr([*known.values(), plan]))
     return plan
 
 
@@ -289,7 +302,7 @@ def _experts(plan: Plan, module: Any, x_TD: Tensor, expert_TK: Tensor, gate_TK: 
     activation = _interleaved(ACTIVATIONS[plan.activation]) if plan.activation else _by_autograd(_own_gate(module))
     weights = [None if weight is None else weight.to(x_TD.dtype) for weight in weights]
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x_TD, gate_TK, *weights))
-    return _Experts.apply(x_TD, gate_TK, *weights, expert_TK, keep_TK, activation, save)  # type: ignore[return-value]
+    return _in_pytorch(x_TD, gate_TK, *weights, expert_TK, keep_TK, activation, save)  # pyright: ignore[reportCallIssue]
 
 
 def _interleaved(activation: Activation) -> Activation:
@@ -316,6 +329,11 @@ def _by_autograd(function: Callable[[Tensor], Tensor]) -> Activation:
         return hidden_NF.detach().to(pre_NM.dtype).clone(), dpre_NM
 
     return Activation(forward, backward)
+
+
+@torch.compiler.disable
+def _in_pytorch(*arguments: Any) -> Tensor:
+    return _Experts.apply(*arguments)  # type: ignore[return-value]
 
 
 class _Experts(torch.autograd.Function):

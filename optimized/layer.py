@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reference.autograd import MoE as ReferenceMoE
 from reference.autograd import Routing
-from reference.autograd.layer import check_input, check_params
+from reference.autograd.layer import check_input, check_mix, check_params, mixed
 from reference.autograd.tokens import TokenInfo
 from reference.config import MoEConfig, require
 
@@ -35,7 +35,9 @@ def apply_experts(x_TD: Tensor, routing: Routing, params: Mapping[str, Tensor], 
     """
     check_input(x_TD, config)
     check_params(x_TD, params, config, ("experts",))
-    return backends.resolve(backend, x_TD.device, compute_dtype(x_TD), config).apply_experts(x_TD, routing, params, config)
+    check_mix(routing, config)
+    seam = backends.resolve(backend, x_TD.device, compute_dtype(x_TD), config).apply_experts
+    return mixed(x_TD, routing, lambda rows, own: seam(rows, own, params, config))
 
 
 class MoE(ReferenceMoE):

@@ -11,10 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from reference.autograd import Routing
+from reference.autograd.layer import apply_experts_forward
 from reference.config import MoEConfig
+from reference.expert_dropout import NAME as DROPOUT
 from reference.experts import ffn_keys
+
+from .zero_computation import add_zero_computation
+
+# PyTorch has no public name for these two; a version without them gets the dispatcher's way.
+_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_transforms: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 FORWARD_SCHEMA = (
     "(Tensor x, Tensor expert, Tensor gate, Tensor keep, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, "
@@ -25,6 +34,20 @@ BACKWARD_SCHEMA = (
     "Tensor pre, Tensor order, Tensor bounds, str activation, bool weights)"
     " -> (Tensor dx, Tensor dgate, Tensor dup, Tensor ddown, Tensor dup_bias, Tensor ddown_bias)"
 )
+
+
+_PLAIN: dict[Any, Callable[..., tuple[Tensor, ...]]] = {}  # operator → the function that it was made from
+
+
+def _shortest(operator: Any, tensor: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    """The operator's own function, where nobody looks at the operator: its way through the dispatcher costs as much as a token's experts.
+
+    Only where no gradient is wanted. Not for tracing, for a mode, for a transform of functions, for a subclass of tensors, and for tensors
+    without numbers.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    watched = traced or tensor.is_meta or type(tensor) not in (Tensor, Parameter)
+    return operator if watched or _modes() or _transforms() else _PLAIN[operator]
 
 
 def experts_operator(name: str, forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., tuple[Tensor, ...]]) -> Any:
@@ -41,6 +64,7 @@ def experts_operator(name: str, forward: Callable[..., tuple[Tensor, ...]], back
     """
     operator = torch.library.custom_op(f"moebius::{name}_experts", forward, mutates_args=(), schema=FORWARD_SCHEMA)
     gradient = torch.library.custom_op(f"moebius::{name}_experts_backward", backward, mutates_args=(), schema=BACKWARD_SCHEMA)
+    _PLAIN[operator] = forward
     operator.register_fake(_forward_shapes)
     gradient.register_fake(_backward_shapes)
 
@@ -88,7 +112,12 @@ def weight_gradients(tensors: tuple[Tensor | None, ...], wanted: bool) -> list[T
 
 
 def apply_operator(operator: Any, x_TD: Tensor, routing: Routing, params: Mapping[str, Tensor], config: MoEConfig) -> Tensor:
-    """The second seam through a registered operator: y [T, D] in the dtype of x. Under autocast the experts compute in its dtype."""
+    """The second seam through a registered operator: y [T, D] in the dtype of x. Under autocast the experts compute in its dtype.
+
+    A pass with expert dropout takes the reference's way.
+    """
+    if DROPOUT in routing.draws:  # no operator drops hidden units
+        return apply_experts_forward(x_TD, routing, params, config)
     dtype = compute_dtype(x_TD)
     weights = [params.get(key) for key in ffn_keys("experts", config.experts)]
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TD, routing.gate, *weights))
@@ -97,10 +126,11 @@ def apply_operator(operator: Any, x_TD: Tensor, routing: Routing, params: Mappin
     if config.experts.gate_inputs:  # each assignment becomes a token of its own, whose gate is in its input (gate-input)
         x = (x_TD[:, None] * gate[..., None]).to(x_TD.dtype).flatten(0, 1)
         expert, gate, keep = expert.reshape(-1, 1), torch.ones_like(gate).reshape(-1, 1), keep.reshape(-1, 1)
-    out = operator(x, expert, gate, keep, *cast, config.experts.activation, needs_gradient)[0]
+    run = operator if needs_gradient else _shortest(operator, x)
+    out = run(x, expert, gate, keep, *cast, config.experts.activation, needs_gradient)[0]
     if config.experts.gate_inputs:
         return out.view(*routing.expert.shape, x_TD.shape[1]).sum(1, dtype=routing.gate.dtype).to(x_TD.dtype)
-    return out
+    return add_zero_computation(out, x_TD, routing, params, config.experts) if config.experts.zero_computation else out
 
 
 def compute_dtype(x_TD: Tensor) -> torch.dtype:

@@ -88,6 +88,14 @@ def _deepseek_v3(config: MoEConfig, tokens: int) -> dict[str, Any]:
     return _deepseek(config, tokens) | dict(num_mtp_layers=0)
 
 
+def _deepseek_v4(config: MoEConfig, tokens: int) -> dict[str, Any]:
+    return _base_settings(config, tokens) | dict(
+        moe_intermediate_size=config.experts.width, n_routed_experts=config.experts.count, n_shared_experts=config.experts.shared,
+        routed_scaling_factor=config.gating.scale, mlp_layer_types=["moe"], layer_types=["sliding_attention"], head_dim=8, q_lora_rank=2,
+        o_groups=1, o_lora_rank=2, index_n_heads=1, index_head_dim=8,
+    )  # fmt: skip
+
+
 def _switch(config: MoEConfig, tokens: int) -> dict[str, Any]:
     capacity = group_capacity(config.capacity, config.gating.top_k, config.experts.count, token_info(tokens), training=False)
     return dict(
@@ -148,6 +156,25 @@ def _llama4_block(block: Any, pick: Pick) -> dict[str, torch.Tensor]:
     }
 
 
+def _longcat_flash(config: MoEConfig, tokens: int) -> dict[str, Any]:
+    experts = config.experts
+    return _base_settings(config, tokens) | dict(
+        num_hidden_layers=2, num_layers=1, moe_topk=config.gating.top_k, n_routed_experts=experts.networks,
+        zero_expert_num=experts.count - experts.networks, expert_ffn_hidden_size=experts.width, ffn_hidden_size=experts.width,
+        routed_scaling_factor=config.gating.scale, q_lora_rank=2, kv_lora_rank=2, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=2,
+    )  # fmt: skip
+
+
+def _longcat_flash_block(block: Any, pick: Pick) -> dict[str, torch.Tensor]:
+    """Our names for the weights of LongCat-Flash, which also keeps a first matrix, never read, for each expert that has no network."""
+    experts = block.experts
+    return {
+        "router.weight": pick(block.router.classifier.weight),
+        "experts.gate_up_proj": pick(experts.gate_up_proj)[: experts.num_routed_experts],
+        "experts.down_proj": pick(experts.down_proj),
+    }
+
+
 def _switch_block(block: Any, pick: Pick) -> dict[str, torch.Tensor]:
     """Our names for the weights of Switch, which keeps a module for each expert."""
     import torch
@@ -173,9 +200,11 @@ OLMOE = Oracle("olmoe", "OlmoeSparseMoeBlock", _olmoe, _gate_block)
 QWEN2_MOE = Oracle("qwen2_moe", "Qwen2MoeSparseMoeBlock", _qwen2, _qwen2_block)
 GPT_OSS = Oracle("gpt_oss", "GptOssMLP", _gpt_oss, _gpt_oss_block)
 LLAMA4 = Oracle("llama4_text", "Llama4TextMoe", _llama4, _llama4_block)
+LONGCAT_FLASH = Oracle("longcat_flash", "LongcatFlashMoE", _longcat_flash, _longcat_flash_block)
 QWEN3_MOE = Oracle("qwen3_moe", "Qwen3MoeSparseMoeBlock", _qwen3, _gate_block)
 DEEPSEEK_V2 = Oracle("deepseek_v2", "DeepseekV2Moe", _deepseek_v2, _gate_block)
 DEEPSEEK_V3 = Oracle("deepseek_v3", "DeepseekV3MoE", _deepseek_v3, _gate_block)
+DEEPSEEK_V4 = Oracle("deepseek_v4", "DeepseekV4SparseMoeBlock", _deepseek_v4, _gate_block)
 SWITCH = Oracle("switch_transformers", "SwitchTransformersSparseMLP", _switch, _switch_block)
 
 # DeepSeekMoE has no class in transformers; DeepSeek-V2's without its device limit is the same layer. GShard and dense have none, and
@@ -201,6 +230,8 @@ ORACLES: Mapping[str, Oracle] = {
     "gpt-oss-20b": GPT_OSS,
     "llama4-scout": LLAMA4,
     "llama4-maverick": LLAMA4,
+    "deepseek-v4-flash": DEEPSEEK_V4,
+    "longcat-flash": LONGCAT_FLASH,
 }
 
 
@@ -253,7 +284,8 @@ def run(
     block = build(name, config, sequence=x_BSD.shape[1], seed=seed).double()
     _fill_biases(block, seed)
     if correction_bias is not None:
-        block.gate.e_score_correction_bias.copy_(torch.from_numpy(correction_bias))
+        router = block.gate if hasattr(block, "gate") else block.router
+        router.e_score_correction_bias.copy_(torch.from_numpy(correction_bias))
     x = torch.from_numpy(x_BSD).requires_grad_()
     with nullcontext() if native_router else _double():
         y = block(x)

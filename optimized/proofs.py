@@ -6,59 +6,44 @@ Tests and the benchmark's gate call `prove` for every row of `CONTRACTS`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from reference.autograd import apply_experts as eager_apply_experts
-from reference.autograd import routing_from_numpy
-from reference.autograd.conversion import array_of
 from reference.config import require
-from reference.proof.cases import Case, Inputs, draw
-from reference.proof.equal import Report, compare_all, round_to
-from reference.proof.parity import assert_experts_equal, experts_truth
+from reference.proof.cases import Case
+from reference.proof.equal import Report, compare_all
+from reference.proof.parity import cancellation_scales, layer_truth
 
-from .comparison import FLOAT64_LIMIT
+from . import expert_parallel, ladder, layer  # noqa: F401 (their contracts)
+from .comparison import case_inputs, rounded_to, teeth
 from .contracts import Contract
-from .yardstick import farthest
+from .expert_parallel.pair import pair
+from .experts_proof import experts_outputs, prove_experts, require_good
+from .route_proof import prove_route
+from .yardstick import eager_outputs
+
+__all__ = ["PROOFS", "experts_outputs", "prove"]
 
 
-def experts_outputs(apply_experts: Callable, inputs: Inputs, dtype: str, device: str = "cpu") -> dict[str, NDArray]:
-    """What an `apply_experts` on tensors computes in `dtype`, forward and backward, under the names of `parity.experts_truth`.
+def _prove_parallelize(function: Callable, case: Case, dtype: str, device: str) -> list[Report]:
+    """The whole layer, changed by `function` on each of two processes, on the case's routing."""
+    from .expert_parallel.pair_worker import one_pass
 
-    The gates are in fp32, or in fp64 with the rest. A tensor that gets no gradient is an error, not a zero.
-    """
-    kind = getattr(torch, dtype)
-    params = {name: torch.tensor(array, dtype=kind, device=device, requires_grad=True) for name, array in inputs.params.items()}
-    x_TD, dy_TD = (torch.from_numpy(array).to(device, kind) for array in (inputs.x, inputs.dy))  # keeps the strides
-    gate_TK = torch.tensor(inputs.routing.gate, dtype=torch.promote_types(kind, torch.float32), device=device, requires_grad=True)
-    x_TD.requires_grad_()
-    routing = routing_from_numpy(inputs.routing, device=device)._replace(gate=gate_TK)
-    y_TD = apply_experts(x_TD, routing, params, inputs.config)
-    leaves = {"dx": x_TD, "dgate": gate_TK, **{name: tensor for name, tensor in params.items() if name.startswith("experts.")}}
-    gradients = torch.autograd.grad(y_TD, list(leaves.values()), dy_TD)
-    outputs = {"y": y_TD, **dict(zip(leaves, gradients, strict=True))}
-    return {name: np.asarray(array_of(tensor), np.float64) for name, tensor in outputs.items()}
+    inputs, conditions = case_inputs(case)
+    inputs = rounded_to(inputs, dtype)
+    arguments = conditions._asdict()
+    truth, scales = layer_truth(inputs, **arguments), cancellation_scales(inputs, **arguments)
+    found = pair().run(one_pass, function, inputs, dtype, conditions).outputs
+    eager = found if dtype == "float64" else eager_outputs(inputs, truth, dtype, conditions)
+    accepted = () if dtype == "float64" else teeth(inputs, conditions, dtype).accepted
+    if accepted:
+        raise AssertionError(f"the comparison accepts what is wrong: {', '.join(accepted)}")
+    return require_good(compare_all(found, truth, eager, dtype, scales=scales), dtype)
 
 
-def _prove_apply_experts(function: Callable, case: Case, dtype: str, device: str) -> list[Report]:
-    inputs = draw(case).rounded(partial(round_to, dtype=dtype))
-    candidate = experts_outputs(function, inputs, dtype, device)
-    truth = experts_truth(inputs)
-    if dtype == "float64":  # no arithmetic is coarser than the truth's, so a fixed limit takes the yardstick's place
-        reports = compare_all(candidate, truth, candidate, dtype)
-        failures = [failure for report in reports for failure in report.failures]
-        failures += [f"{r.name}: error {r.max_error:.3g} > {FLOAT64_LIMIT:g}" for r in reports if r.max_error > FLOAT64_LIMIT]
-        if failures:
-            raise AssertionError("\n".join(failures))
-        return assert_experts_equal(inputs, candidate, candidate, dtype)
-    eager = farthest(lambda turned, _: experts_outputs(eager_apply_experts, turned, dtype), inputs, truth)
-    return assert_experts_equal(inputs, candidate, eager, dtype)
-
-
-PROOFS: dict[str, Callable[[Callable, Case, str, str], list[Report]]] = {"reference.layer.apply_experts": _prove_apply_experts}
+PROOFS: dict[str, Callable[[Callable, Case, str, str], list[Report]]] = {
+    "reference.layer.apply_experts": prove_experts,
+    "reference.autograd.layer.route_forward": prove_route,
+    "reference.layer.moe_forward": _prove_parallelize,
+}
 
 
 def prove(promise: Contract, case: Case, dtype: str, device: str = "cpu") -> list[Report]:

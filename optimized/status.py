@@ -62,7 +62,7 @@ def draw(config: MoEConfig, seed: int, *, tokens: int = 60, groups: int = 3, pad
     x_TD, dy_TD = rng.standard_normal((2, tokens, config.d_model))
     params = init_params(config, rng)
     for name in params:
-        if name.endswith(("bias", "noise_weight", "expert_scale")):
+        if name.endswith(("bias", "noise_weight", "scale")):
             params[name] = random_bias(config, rng) if name in BUFFERS else params[name] + rng.normal(0, 0.3, params[name].shape)
     group_T, pad_T = rng.integers(0, groups, tokens), rng.random(tokens) < padded
     return Pass(x_TD, dy_TD, params, group_T, pad_T, rng.integers(0, max(config.gating.vocabulary, 1), tokens))

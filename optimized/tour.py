@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
+from reference.autograd import MoE
 from reference.autograd.checkpoints import load_model, moe_parameters
 from reference.autograd.conversion import routing_to_numpy
 from reference.autograd.sampling import sample
@@ -105,10 +107,10 @@ def corpus_facts(corpus: Corpus) -> list[dict[str, Any]]:
 
 
 def train_live(
-    model: ModelConfig, config: TrainConfig, corpus: Corpus, size: Size, *, progress: bool = True
+    model: ModelConfig, config: TrainConfig, corpus: Corpus, size: Size, *, moe_class: Callable[..., nn.Module] = MoE, progress: bool = True
 ) -> tuple[LanguageModel, list[dict[str, Any]], int, int, float]:
     """(model, log, steps done, steps planned, seconds): the whole schedule, in the number of steps that fits into the time."""
-    planned = max(8, steps_in(size.train_seconds, model, config, corpus))
+    planned = max(8, steps_in(size.train_seconds, model, config, corpus, moe_class=moe_class))
     config = dataclasses.replace(
         config,
         steps=planned,
@@ -126,19 +128,19 @@ def train_live(
             raise TimeUpError
 
     try:
-        result = train(model, config, corpus, progress=progress, callback=watch)
+        result = train(model, config, corpus, moe_class=moe_class, progress=progress, callback=watch)
         latest.update(model=result.model, log=result.log)
     except TimeUpError:
         latest["model"].eval()
     return latest["model"], latest["log"], latest["log"][-1]["step"], planned, time.perf_counter() - began
 
 
-def read_committed() -> tuple[LanguageModel, dict[str, Any]] | None:
+def read_committed(moe_class: Callable[..., nn.Module] = MoE) -> tuple[LanguageModel, dict[str, Any]] | None:
     """(the committed model in fp32, its log), or None where the files are missing. Raises ValueError where they cannot be read."""
     log = COMMITTED.with_suffix(".json")
     if not (COMMITTED.is_file() and log.is_file()):
         return None
-    return load_model(COMMITTED, dtype=torch.float32), json.loads(log.read_text(encoding="utf-8"))
+    return load_model(COMMITTED, moe_class=moe_class, dtype=torch.float32), json.loads(log.read_text(encoding="utf-8"))
 
 
 def heldout_pass(model: LanguageModel, corpus: Corpus, windows: int, length: int) -> tuple[torch.Tensor, np.ndarray]:

@@ -33,6 +33,7 @@ class Conditions(NamedTuple):
     training: bool = False
     group_ids: NDArray[np.int64] | None = None
     replay: Routing | None = None
+    token_ids: NDArray[np.int64] | None = None
 
 
 class Outcome(NamedTuple):
@@ -59,6 +60,7 @@ class Track:
     unavailable  (config, dtype) → why it cannot run this layer here, or None
     dtypes       in which it computes
     moe_class    the layer as a module, (config, device=, dtype=) → module, where it is one that a language model can be built from
+    timed        False where other processes do the work, whose time this one's clock does not see
     """
 
     name: str
@@ -66,11 +68,17 @@ class Track:
     unavailable: Callable[[MoEConfig, str], str | None] = _can_run
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     moe_class: Callable[..., nn.Module] | None = None
+    timed: bool = True
 
     def run(self, inputs: Inputs, dtype: str, conditions: Conditions = Conditions()) -> Outcome:  # noqa: B008 (a NamedTuple is immutable)
         """The outcome of one pass. Raises ValueError for a dtype in which the track does not compute."""
         require(dtype in self.dtypes, f"dtype is {dtype!r}; the track {self.name} computes in {', '.join(self.dtypes)}")
         return self.prepare(inputs, dtype, conditions)()()
+
+    def module(self) -> Callable[..., nn.Module]:
+        """Its `moe_class`. Raises ValueError where it has none."""
+        require(self.moe_class is not None, f"the track {self.name} is no module that a model can be built from")
+        return self.moe_class  # type: ignore[return-value]
 
     def reason_against(self, config: MoEConfig, dtype: str) -> str | None:
         """Why the track cannot do this layer in this dtype here, or None."""
@@ -100,6 +108,15 @@ def select(names: str | None) -> list[Track]:
     return [TRACKS[name] for name in chosen]
 
 
+def fastest(config: MoEConfig, dtype: str) -> Track:
+    """The track of the best backend that runs this layer on a CPU in this dtype; the yardstick where none does."""
+    try:
+        name = f"optimized {backends.resolve(backends.AUTO, torch.device('cpu'), DTYPES[dtype], config).name}"
+    except ValueError:
+        return TRACKS[YARDSTICK]
+    return TRACKS[name] if dtype in TRACKS[name].dtypes else TRACKS[YARDSTICK]
+
+
 def _prepare_numpy(inputs: Inputs, dtype: str, conditions: Conditions) -> Step:
     def step() -> Callable[[], Outcome]:
         output, cache = moe_forward(inputs.x, inputs.params, inputs.config, pad_mask=inputs.pad_mask, **conditions._asdict())
@@ -123,8 +140,9 @@ def module_track(
         x_TD, dy_TD = (torch.from_numpy(array).to(device, kind) for array in (inputs.x, inputs.dy))
         x_TD.requires_grad_()
         arguments: dict[str, Any] = {"replay": conditions.replay}
-        if conditions.group_ids is not None:
-            arguments["group_ids"] = torch.from_numpy(conditions.group_ids).to(device)
+        for fact in ("group_ids", "token_ids"):
+            if (array := getattr(conditions, fact)) is not None:
+                arguments[fact] = torch.from_numpy(array).to(device)
         if inputs.pad_mask.any():
             arguments["pad_mask"] = torch.from_numpy(inputs.pad_mask).to(device)
 
@@ -167,3 +185,5 @@ register(Track(TRUTH, _prepare_numpy, dtypes=("float64",)))
 register(module_track(YARDSTICK, MoE, dtypes=("float64", "float32", "bfloat16")))
 for backend_name in backends.names():
     register(_backend_track(backend_name))
+
+from .expert_parallel import track as _  # noqa: E402, F401 (a track that registers itself needs what is above)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from reference.autograd import Routing
 from reference.autograd.balancing import LOSSES, LossInputs, mean_probability
-from reference.autograd.capacity import group_capacity
+from reference.autograd.capacity import expert_capacity
 from reference.autograd.gating import expert_scale_forward
 from reference.autograd.layer import keep_wanted, route_forward, router_logits_forward
 from reference.autograd.scores import SCORE_FUNCTIONS
@@ -123,6 +123,8 @@ def why_not_route(config: MoEConfig) -> str | None:
     for what, name, table in tables:
         if name not in table:
             return f"the router's kernel has no {what} {name!r}, only {', '.join(table)}"
+    if config.experts.dropout:
+        return f"the router's kernel draws no numbers for experts.dropout = {config.experts.dropout}"
     if config.gating.top_k > launch.MOST_SLOTS:
         return f"the router's kernel chooses at most {launch.MOST_SLOTS} experts, not {config.gating.top_k}"
     return None
@@ -153,13 +155,13 @@ def route(
         scores_TE, expert_TK, gate_TK, load_E = ROUTE(noise.noisy_TE, bias, tokens.real_T, function, *settings)
         picked_TK = tokens.real_T[:, None].expand(expert_TK.shape)
         limited = config.capacity.formula != "none"
-        slots_B = group_capacity(config.capacity, gating.top_k, config.experts.count, tokens, training=training) if limited else None
-        keep_TK = keep_wanted(expert_TK, gate_TK.detach(), picked_TK, slots_B, config, tokens, draws, training=training)[1]
+        room = expert_capacity(config, tokens, training=training) if limited else None
+        keep_TK = keep_wanted(expert_TK, gate_TK.detach(), picked_TK, room, config, tokens, draws, training=training)[1]
         if gating.expert_scale:
             gate_TK = expert_scale_forward(gate_TK, expert_TK, params["router.expert_scale"])
         probability_TE = SCORE_FUNCTIONS[function].probability_forward(scores_TE)
         seen = (logits_TE, scores_TE, probability_TE, expert_TK, picked_TK, tokens, gate_TK, noise)
-        inputs = LossInputs(*seen, gating.top_k, gating.groups, gating.top_groups)
+        inputs = LossInputs(*seen, gating.top_k, gating.groups, gating.top_groups, config.experts.networks, config.experts.network_share)
         losses = {name: LOSSES[name](inputs) for name, _ in config.balance.losses} if training else {}
         importance_E = mean_probability(probability_TE, tokens)
         gate_TK = gate_TK.masked_fill(~keep_TK, 0)
@@ -192,8 +194,8 @@ def _unavailable(device: torch.device, dtype: torch.dtype, config: MoEConfig) ->
     name = config.experts.activation
     if name not in activations.ACTIVATIONS:
         return f"it has no activation {name!r}, only {', '.join(activations.ACTIVATIONS)}"
-    if config.experts.count > launch.MOST_EXPERTS:
-        return f"it sorts into at most {launch.MOST_EXPERTS} experts, not {config.experts.count}"
+    if config.experts.networks > launch.MOST_EXPERTS:
+        return f"it sorts into at most {launch.MOST_EXPERTS} experts, not {config.experts.networks}"
     return None
 
 

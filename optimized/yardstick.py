@@ -25,12 +25,16 @@ ORDERS = 8
 D_AXIS: Mapping[str, int | None] = {
     "weight": -1, "bias": None, "correction_bias": None, "gate_up_proj": -1, "up_proj": -1, "down_proj": -2,
     "gate_up_proj_bias": None, "up_proj_bias": None, "down_proj_bias": -1, "gate": -1, "gate_bias": None,
-    "noise_weight": -1, "expert_scale": None, "hash_table": None, "penalty": None,
+    "noise_weight": -1, "expert_scale": None, "scale": None, "hash_table": None, "penalty": None, "constant": -1, "constant_gate": -1,
+}  # fmt: skip
+
+VALUES: Mapping[str, int | None] = {
+    "y": -1, "dx": -1, "dgate": None, "loss": None, "logits": None, "scores": None, "gate": None,
 }  # fmt: skip
 
 
 def _renumbered(array: NDArray, name: str, order_D: NDArray[np.int64]) -> NDArray:
-    axis = D_AXIS[name.rpartition(".")[2]] if "." in name else {"y": -1, "dx": -1, "dgate": None, "loss": None}[name]
+    axis = D_AXIS[name.rpartition(".")[2]] if "." in name else VALUES[name]
     return array if axis is None else np.take(array, order_D, axis)
 
 

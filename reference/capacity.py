@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .config import CapacityConfig
+from .config import CapacityConfig, MoEConfig
 from .tokens import Draws, TokenInfo
 
 
-def no_limit(factor: float, top_k: int, tokens: int, experts: int) -> int:
+def no_limit(factor: float, top_k: int, tokens: int, experts: int | Fraction) -> int:
     """Dropless (capacity-none): an expert can hold every token of the group."""
     return tokens
 
 
-def per_assignment(factor: float, top_k: int, tokens: int, experts: int) -> int:
+def per_assignment(factor: float, top_k: int, tokens: int, experts: int | Fraction) -> int:
     """C = ⌈factor · K · S / E⌉ (capacity-per-assignment): factor 1 holds all assignments of an even load.
 
     Source: GShard, §2.2 (2S/E with K = 2); DeepSpeed, Megatron-LM, MegaBlocks, Tutel.
@@ -26,7 +26,7 @@ def per_assignment(factor: float, top_k: int, tokens: int, experts: int) -> int:
     return math.ceil(_exact(factor) * top_k * tokens / experts)
 
 
-def per_token(factor: float, top_k: int, tokens: int, experts: int) -> int:
+def per_token(factor: float, top_k: int, tokens: int, experts: int | Fraction) -> int:
     """C = ⌈factor · S / E⌉, whatever K is (capacity-per-token).
 
     Source: Switch Transformer, eq. 3 (there K = 1); mesh-tensorflow, flaxformer.
@@ -40,14 +40,14 @@ def _exact(factor: float) -> Fraction:
     return Fraction(repr(float(factor)))
 
 
-FORMULAS: dict[str, Callable[[float, int, int, int], int]] = {
+FORMULAS: dict[str, Callable[[float, int, int, Any], int]] = {
     "none": no_limit,
     "per_assignment": per_assignment,
     "per_token": per_token,
 }
 
 
-def group_capacity(config: CapacityConfig, top_k: int, experts: int, tokens: TokenInfo, *, training: bool) -> np.ndarray:
+def group_capacity(config: CapacityConfig, top_k: int, experts: int | Fraction, tokens: TokenInfo, *, training: bool) -> np.ndarray:
     """Slots per expert in each group, [B] int64: the formula on the group's real tokens, at least the minimum.
 
     Deviates: GShard counts padding into the group's size S, since its shapes are static; here padding changes nothing.
@@ -55,6 +55,23 @@ def group_capacity(config: CapacityConfig, top_k: int, experts: int, tokens: Tok
     factor = config.factor if training or config.eval_factor is None else config.eval_factor
     formula = FORMULAS[config.formula]
     return np.array([max(config.minimum, formula(factor, top_k, int(s), experts)) for s in tokens.real_per_group()], np.int64)
+
+
+def expert_capacity(config: MoEConfig, tokens: TokenInfo, *, training: bool) -> np.ndarray:
+    """Slots of each group's experts: [B] where all have the same number, else [B, E] (capacity-heterogeneous).
+
+    Where a network gets τ of what a zero-computation expert gets: its C is the formula's for (τN + Z)/τ experts, the others' for τN + Z.
+    Source: Jin et al. 2024 (MoE++), eq. 8.
+    Deviates: with that equation's T tokens there is no room for K = 2 choices of each; with the formula "per_assignment" T is K S.
+    """
+    experts, share = config.experts, _exact(config.experts.network_share)
+    if share == 1:
+        return group_capacity(config.capacity, config.gating.top_k, experts.count, tokens, training=training)
+    parts = share * experts.networks + experts.count - experts.networks
+    network_B, other_B = (
+        group_capacity(config.capacity, config.gating.top_k, equal, tokens, training=training) for equal in (parts / share, parts)
+    )
+    return np.where(np.arange(experts.count) < experts.networks, network_B[:, None], other_B[:, None])
 
 
 def choice_major(gate_TK: np.ndarray, draws: Draws) -> np.ndarray:
@@ -147,12 +164,14 @@ def keep_within_capacity(
 ) -> np.ndarray:
     """The assignments that find a free slot (keep): wanted and position < C of the token's group.
 
-    Shapes: expert, wanted [T, K]; capacity [B] slots per expert and group; order [T·K] from `queue_order` → keep [T, K] bool.
+    Shapes: expert, wanted [T, K]; capacity [B] or [B, E], slots per expert; order [T·K] from `queue_order` → keep [T, K] bool.
     Gradient: none. A dropped assignment has weight 0; the token lives on in the residual stream.
     Source: GShard, algorithm 1; Switch Transformer, §2.2.
     """
     position_TK = position_in_expert(expert_TK, wanted_TK, tokens.group_T, order_N)
-    limit = capacity[tokens.group_T][:, None] if len(capacity) else np.zeros((0, 1), np.int64)
+    if not len(capacity):
+        return wanted_TK
+    limit = capacity[tokens.group_T][:, None] if capacity.ndim == 1 else capacity[tokens.group_T[:, None], expert_TK]
     return wanted_TK & (position_TK < limit)
 
 

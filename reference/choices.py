@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .capacity import position_in_expert
-from .config import GatingConfig, require
+from .config import GatingConfig, MoEConfig, require
 from .gating import limit_to_groups, top_k
+from .soft import check_soft
 from .tokens import TokenInfo
 
 Chosen = tuple[np.ndarray, np.ndarray]
@@ -195,6 +196,18 @@ def choose_positive(choice_TE: np.ndarray, config: GatingConfig, tokens: TokenIn
     return expert_TK, real_TK & (np.take_along_axis(choice_TE, expert_TK, axis=1) > 0)
 
 
+def choose_all(choice_TE: np.ndarray, config: GatingConfig, tokens: TokenInfo, context: ChoiceContext) -> Chosen:
+    """Soft MoE: every token has a share in every expert, in order of their id: [T, E] → (expert [T, E], picked [T, E], all but padding).
+
+    What the shares are, `soft.soft_mix` says.
+    """
+    return _of_all_real(np.broadcast_to(np.arange(choice_TE.shape[1]), choice_TE.shape).copy(), tokens)
+
+
+def no_check(config: MoEConfig) -> None:
+    """Nothing but what the fields of `Choice` say."""
+
+
 class Choice(NamedTuple):
     """A rule, and what it can be combined with.
 
@@ -202,12 +215,16 @@ class Choice(NamedTuple):
     every_expert  its results have E slots per token instead of K
     in_groups     it can be limited to the best groups
     biased        a correction bias steers it
+    mixes         it chooses nothing: tokens and slots are mixed, in seams of its own
+    check         (config) → ValueError for what else it cannot be combined with
     """
 
     choose: Callable[[np.ndarray, GatingConfig, TokenInfo, ChoiceContext], Chosen]
     every_expert: bool = False
     in_groups: bool = False
     biased: bool = False
+    mixes: bool = False
+    check: Callable[[MoEConfig], None] = no_check
 
 
 CHOICES: dict[str, Choice] = {
@@ -218,6 +235,7 @@ CHOICES: dict[str, Choice] = {
     "balanced": Choice(choose_balanced),
     "sinkhorn": Choice(choose_sinkhorn),
     "positive": Choice(choose_positive, every_expert=True, biased=True),
+    "soft": Choice(choose_all, every_expert=True, mixes=True, check=check_soft),
 }
 
 

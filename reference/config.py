@@ -36,8 +36,7 @@ class ScoresConfig:
     function     "softmax" over the experts | "sigmoid" | "sqrt_softplus" | "relu" | "identity" (the logits; the gates are then a
                  softmax over the chosen)
     bias         whether the router adds a bias to its logits
-    noise        "none" | "jitter": in training the router's copy of the input is multiplied by U(1 − noise_scale, 1 + noise_scale)
-    noise_scale  its size, ≥ 0
+    noise        "none" | "jitter": in training the router's copy of the input is multiplied by U(1 − noise_scale, 1 + noise_scale), ≥ 0
     input_norm   "none" | "rms": the router's copy of the input has an RMS of 1
     softcap      c > 0 bends the logits into (−c, c); 0: not
     logit_noise  "none" | "learned": in training, normal noise on the logits whose size each token learns (Shazeer 2017)
@@ -62,9 +61,11 @@ class GatingConfig:
     """scores_TE → expert_TK, gate_TK.
 
     choice           "top_k": the K highest scores, ties to the lowest expert id | "gumbel": K drawn at random | "hash": by token id |
-                     "balanced" (BASE) | "sinkhorn" | "expert_choice": each expert its best tokens | "positive": all scores > 0
-    top_k            K, experts per token; their mean number for the last two, whose routings have E slots per token
+                     "balanced" (BASE) | "sinkhorn" | "expert_choice": each expert its best tokens | "positive": all scores > 0 |
+                     "soft": none, tokens are mixed (Soft MoE)
+    top_k            K, experts per token; their mean number for the last ones, whose routings have E slots per token
     vocabulary       V, rows of the hash table; 0 for the other choices
+    slots            C, slots per expert and group of "soft"; 0 for the other choices
     iterations       of Sinkhorn's algorithm
     correction_bias  add a per-expert bias to the scores for the choice alone; it never enters a gate
     groups           the experts lie in this many groups of equal size, in order of their id
@@ -80,6 +81,7 @@ class GatingConfig:
     top_k: int = 1
     choice: str = "top_k"
     vocabulary: int = 0
+    slots: int = 0
     iterations: int = 8
     correction_bias: bool = False
     groups: int = 1
@@ -112,6 +114,10 @@ class GatingConfig:
         require(
             is_count(self.vocabulary, 0) and (self.vocabulary > 0) == (self.choice == "hash"),
             f"gating.vocabulary is {self.vocabulary!r} with gating.choice = {self.choice!r}; only a hash table has rows",
+        )
+        require(
+            is_count(self.slots, 0) and (self.slots > 0) == (self.choice == "soft"),
+            f"gating.slots is {self.slots!r} with gating.choice = {self.choice!r}; only 'soft' has slots, and at least 1",
         )
         require(
             self.choice != "balanced" or self.top_k == 1,
@@ -151,7 +157,7 @@ class CapacityConfig:
 class ExpertsConfig:
     """rows_ND → out_ND.
 
-    count         E, routed experts
+    count         E, routed experts, those without a network included
     width         F, the width of one routed expert
     activation    "relu" | "gelu" | "relu2" (squared ReLU) | "swiglu" | "geglu" | "clamped_swiglu" (gpt-oss)
     bias          whether both matrices of an expert have a bias
@@ -159,6 +165,9 @@ class ExpertsConfig:
     shared        how many experts every token passes through, beside the routed ones
     shared_width  the width of all of them together (they are one FFN: a sum of FFNs is a wider FFN); None: shared · width
     shared_gate   "none" | "sigmoid" (Qwen2-MoE: each token weighs them) | "softmax" (PR-MoE: it weighs them against the routed ones)
+    zero_computation  pairs (kind, how many), the last of the count, no networks: "zero" | "copy" | "constant" (MoE++, LongCat-Flash)
+    network_share     τ, how much load and capacity a network gets for each 1 of a zero-computation expert (MoE++)
+    dropout       the share of the networks' hidden units that training sets to 0 (Switch, in fine-tuning)
     """
 
     count: int = 8
@@ -169,10 +178,15 @@ class ExpertsConfig:
     shared: int = 0
     shared_width: int | None = None
     shared_gate: str = "none"
+    zero_computation: tuple[tuple[str, int], ...] = ()
+    network_share: float = 1.0
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "zero_computation", tuple((str(kind), number) for kind, number in self.zero_computation))
         require(is_count(self.count, 1), f"experts.count is {self.count!r}; a layer needs at least 1 expert")
         require(is_count(self.width, 1), f"experts.width is {self.width!r}; it must be an integer ≥ 1")
+        require(is_amount(self.dropout) and self.dropout < 1, f"experts.dropout is {self.dropout!r}; it must lie in [0, 1)")
         require(is_count(self.shared, 0), f"experts.shared is {self.shared!r}; it must be an integer ≥ 0")
         require(
             self.shared_width is None or (self.shared > 0 and is_count(self.shared_width, 1)),
@@ -182,6 +196,11 @@ class ExpertsConfig:
             self.shared_gate == "none" or self.shared > 0,
             f"experts.shared_gate is {self.shared_gate!r} but experts.shared is {self.shared}: there is nothing to weigh",
         )
+
+    @property
+    def networks(self) -> int:
+        """How many of the routed experts are networks: the first ones."""
+        return self.count - sum(number for _, number in self.zero_computation)
 
     @property
     def total_shared_width(self) -> int:
@@ -195,7 +214,7 @@ class BalanceConfig:
 
     losses     pairs (name, weight): "first_choice_balance" (GShard, Switch) | "expert_balance" (DeepSeekMoE) |
                "sequence_balance" (DeepSeek-V3) | "device_balance", "communication_balance" (DeepSeek-V2, groups for devices) |
-               "router_z" (ST-MoE) | "importance", "smooth_load" (Shazeer 2017) |
+               "heterogeneous_balance" (MoE++) | "router_z" (ST-MoE) | "importance", "smooth_load" (Shazeer 2017) |
                "gate_l1" (ReMoE), whose weight is multiplied by the router's penalty
     bias_rule  "none" | "sign": after every optimizer step the correction bias moves by ±bias_rate against the load (DeepSeek-V3) |
                "centered_sign": less the mean step (torchtitan) | "proportional": by how far the load is from even (LongCat-Flash)
@@ -280,10 +299,11 @@ class MoEConfig:
             gating.normalize != "sum" or self.scores.function != "relu" or gating.eps > 0,
             f"gating.eps is {gating.eps}, but scores.function 'relu' can give a token only zeros to divide by their sum",
         )
+        rule.check(self)
 
     def _check_tables(self) -> None:
         """Each tagged choice must be a row of its stage's table (imported here: the stages import this file)."""
-        from . import balancing, capacity, choices, experts, gating, noise, scores, shared
+        from . import balancing, capacity, choices, experts, gating, noise, scores, shared, zero_computation
 
         tables = {
             "scores.function": (self.scores.function, scores.SCORE_FUNCTIONS),
@@ -303,8 +323,10 @@ class MoEConfig:
         }
         rows = [(where, value, table) for where, (value, table) in tables.items()]
         rows += [("balance.losses", name, balancing.LOSSES) for name, _ in self.balance.losses]
+        rows += [("experts.zero_computation", kind, zero_computation.KINDS) for kind, _ in self.experts.zero_computation]
         for where, value, table in rows:
             require(value in table, f"{where} is {value!r}; known: {', '.join(table)}")
+        zero_computation.check(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, ready for JSON; `from_dict` is its inverse."""

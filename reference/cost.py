@@ -7,6 +7,7 @@ differ in whether they count the embedding table, of which a token reads one row
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from .config import BalanceConfig, ExpertsConfig, GatingConfig, MoEConfig, requi
 from .experts import ACTIVATIONS
 from .layer import BUFFERS, parameter_shapes
 from .model_config import AttentionConfig, ModelConfig
+from .zero_computation import networks_per_token, zero_computation_shapes
 
 LAYER_COMPONENTS = {"router": "router", "experts": "routed_experts", "shared": "shared_experts"}  # by first word of a parameter's name
 COMPONENTS = ("embedding", "attention", "cross_attention", "norms", "dense_ffn", *LAYER_COMPONENTS.values(), "head")
@@ -33,15 +35,21 @@ def layer_parameters(config: MoEConfig) -> dict[str, Parameters]:
     """Parameters of one MoE layer by component: router, routed_experts, shared_experts (layer-parameters).
 
     routed, SwiGLU: total E · 3DF, active K · 3DF;  shared: 3DF_shared;  router: ED. Biases are added where the config has them.
-    The arrays are those of `parameter_shapes`; buffers are not parameters. A dropped token meets fewer experts than K.
+    The arrays are those of `parameter_shapes`; buffers are not parameters. A dropped token meets fewer experts than K. Where some experts
+    are no networks, active is the mean over tokens at balance, rounded: `networks_per_token` networks, and its part of what others learn.
     """
     totals = dict.fromkeys(LAYER_COMPONENTS.values(), 0)
     for name, shape in parameter_shapes(config).items():
         if name not in BUFFERS:
             totals[LAYER_COMPONENTS[name.split(".")[0]]] += math.prod(shape)
     counts = {component: Parameters(total, total) for component, total in totals.items()}
-    routed = totals["routed_experts"]
-    return counts | {"routed_experts": Parameters(routed, routed // config.experts.count * config.gating.top_k)}
+    routed, experts = totals["routed_experts"], config.experts
+    others = sum(math.prod(shape) for shape in zero_computation_shapes(config.d_model, experts).values())
+    met = networks_per_token(config)
+    if not experts.zero_computation:
+        return counts | {"routed_experts": Parameters(routed, routed // experts.count * config.gating.top_k)}
+    active = (routed - others) / experts.networks * met + others / (experts.count - experts.networks) * (config.gating.top_k - met)
+    return counts | {"routed_experts": Parameters(routed, round(active))}
 
 
 def ffn_parameters(d_model: int, width: int, activation: str) -> int:
@@ -76,6 +84,20 @@ def latent_parameters(attention: AttentionConfig, d_model: int) -> int:
     return queries + down + keys_values + attention.heads * attention.v_head_dim * d_model
 
 
+def grouped_output_parameters(attention: AttentionConfig, d_model: int) -> int:
+    """DeepSeek-V4's attention (grouped-output-parameters), with the norms of its latents and a sink per head:
+
+    queries  D·r_q + r_q + r_q·H·d_head;   key, which is the value too  D·d_head + d_head;   output  H·d_head·r_o + G·r_o·D
+
+    Each of the G groups of heads has an r_o of its own. What compresses keys and finds them is not counted.
+    Source: DeepSeek-V4, §2.3.1; the norms: its released code.
+    """
+    heads, width = attention.heads, attention.head_dim
+    queries = attention.q_rank * (d_model + 1 + heads * width)
+    output = heads * width * attention.o_rank + attention.o_groups * attention.o_rank * d_model
+    return queries + width * (d_model + 1) + output + heads
+
+
 def lstm_parameters(attention: AttentionConfig, d_model: int) -> int:
     """An LSTM of D units on D inputs, in the place of attention (lstm-parameters): four gates of 2D² + D.
 
@@ -87,6 +109,7 @@ def lstm_parameters(attention: AttentionConfig, d_model: int) -> int:
 ATTENTION: dict[str, Callable[[AttentionConfig, int], int]] = {
     "gqa": grouped_query_parameters,
     "mla": latent_parameters,
+    "grouped_output": grouped_output_parameters,
     "lstm": lstm_parameters,
 }
 
@@ -104,7 +127,8 @@ def model_parameters(model: ModelConfig) -> dict[str, Parameters]:
     """
     width, decoder, encoder = model.d_model, model.layers, model.encoder_layers
     stacks, blocks = (2 if encoder else 1), decoder + encoder
-    moe_layers = sum(model.is_moe(layer) for layers in (encoder, decoder) for layer in range(layers))
+    mixtures = Counter(model.moe_layers())
+    moe_layers = mixtures.total()
     attention = ATTENTION[model.attention.kind](model.attention, width)
     relative = stacks * model.attention.relative_buckets * model.attention.heads
     cross = decoder if encoder else 0
@@ -118,9 +142,10 @@ def model_parameters(model: ModelConfig) -> dict[str, Parameters]:
         "dense_ffn": (blocks - moe_layers + extra) * ffn_parameters(width, model.dense_width, model.dense_activation),
         "head": table,
     }
-    layer = layer_parameters(model.moe)
-    counts = {name: Parameters(total, total) for name, total in totals.items()}
-    counts |= {name: Parameters(moe_layers * count.total, moe_layers * count.active) for name, count in layer.items()}
+    counts = {name: Parameters(total, total) for name, total in totals.items()} | dict.fromkeys(LAYER_COMPONENTS.values(), Parameters(0, 0))
+    for config, number in mixtures.items():
+        for name, (total, active) in layer_parameters(config).items():
+            counts[name] = Parameters(counts[name].total + number * total, counts[name].active + number * active)
     return {name: counts[name] for name in COMPONENTS}
 
 
@@ -231,19 +256,24 @@ def flops_per_token(model: ModelConfig, context: int) -> Flops:
 
 
 def expected_experts_touched(config: MoEConfig, tokens: int) -> float:
-    """Different experts that T tokens are sent to under a uniform router (experts-touched): E (1 − (1 − K/E)^T).
+    """Different networks that T tokens are sent to under a uniform router (experts-touched): E (1 − (1 − K/E)^T).
 
+    Where only N of the experts are networks: N (1 − (1 − K_e/N)^T), K_e = `networks_per_token`.
     A trained router is less even and touches fewer: `experts_touched` counts them. Raises: ValueError for a negative T.
     """
     require(tokens >= 0, f"tokens is {tokens}; a batch cannot be negative")
-    experts = config.experts.count
-    return experts * (1 - (1 - config.gating.top_k / experts) ** tokens)
+    networks = config.experts.networks
+    return networks * (1 - (1 - networks_per_token(config) / networks) ** tokens)
 
 
-def experts_touched(expert_TK: np.ndarray, keep_TK: np.ndarray) -> int:
-    """Different experts among the kept assignments [T, K]. Raises: ValueError for shapes that differ."""
+def experts_touched(expert_TK: np.ndarray, keep_TK: np.ndarray, networks: int | None = None) -> int:
+    """Different experts among the kept assignments [T, K], only those below `networks` where it is given.
+
+    Raises: ValueError for shapes that differ.
+    """
     require(keep_TK.shape == expert_TK.shape, f"keep has shape {keep_TK.shape}, expert {expert_TK.shape}")
-    return len(np.unique(expert_TK[keep_TK]))
+    touched = np.unique(expert_TK[keep_TK])
+    return len(touched if networks is None else touched[touched < networks])
 
 
 def weight_bytes(model: ModelConfig, tokens: int, *, touched: float | None = None, bytes_per_weight: float = 2) -> float:
@@ -251,14 +281,16 @@ def weight_bytes(model: ModelConfig, tokens: int, *, touched: float | None = Non
 
     Of the embedding a row per token; of the experts those touched; everything else once. This, and not FLOPs, is what a step with few
     tokens waits for. touched: experts per layer, as measured; None: `expected_experts_touched`. bytes_per_weight: 2 for bf16, 1 for fp8,
-    4.25/8 for MXFP4. Raises: ValueError for a negative T, or more experts touched than there are.
+    4.25/8 for MXFP4. Raises: ValueError for a negative T, or more experts touched than there are in a layer.
     """
-    expected, experts = expected_experts_touched(model.moe, tokens), model.moe.experts.count
-    touched = expected if touched is None else touched
-    require(0 <= touched <= experts, f"touched is {touched}; a layer has {experts} experts")
-    parts = model_parameters(model)
-    resident = sum_parameters(parts, without={"embedding", "routed_experts"}).total
-    return bytes_per_weight * (tokens * model.d_model + resident + touched / experts * parts["routed_experts"].total) * (tokens > 0)
+    resident = sum_parameters(model_parameters(model), without={"embedding", "routed_experts"}).total
+    read = tokens * model.d_model + resident
+    for config in model.moe_layers():
+        networks, expected = config.experts.networks, expected_experts_touched(config, tokens)
+        share = (expected if touched is None else touched) / networks
+        require(0 <= share <= 1, f"touched is {touched}; a layer has {networks} experts")
+        read += share * layer_parameters(config)["routed_experts"].total
+    return bytes_per_weight * read * (tokens > 0)
 
 
 def activation_bytes(config: MoEConfig, tokens: int, *, bytes_per_number: float = 2) -> float:
@@ -270,7 +302,7 @@ def activation_bytes(config: MoEConfig, tokens: int, *, bytes_per_number: float 
     """
     require(tokens >= 0, f"tokens is {tokens}; a batch cannot be negative")
     experts, sides = config.experts, 3 if ACTIVATIONS[config.experts.activation].gated else 2
-    rows = config.gating.top_k * (2 * config.d_model + sides * experts.width)
+    rows = networks_per_token(config) * (2 * config.d_model + sides * experts.width)
     return bytes_per_number * tokens * (config.d_model + experts.count + rows + sides * experts.total_shared_width)
 
 
@@ -279,15 +311,16 @@ def dense_equal(model: ModelConfig, what: str) -> ModelConfig:
 
     P is the MoE layer's count, router and shared experts included; 2D where the activation has no gate. The first asks what the experts
     added at equal FLOPs, the second what sparsity took away at equal size. Where dense layers lie between the MoE layers, these become
-    layers of one expert, whose router costs D.
+    layers of one expert, whose router costs D. Where MoE layers differ, P is their mean.
     Raises: ValueError for another word.
     """
     require(what in Parameters._fields, f"dense_equal was asked for {what!r}; known: {', '.join(Parameters._fields)}")
     activation = model.moe.experts.activation
-    wanted = sum(getattr(count, what) for count in layer_parameters(model.moe).values())
+    mixtures = model.moe_layers() or [model.moe]
+    wanted = sum(getattr(count, what) for config in mixtures for count in layer_parameters(config).values()) / len(mixtures)
     width, name = max(1, round(wanted / ffn_parameters(model.d_model, 1, activation))), f"{model.name}-dense-{what}"
     blocks = [model.is_moe(layer) for layers in (model.encoder_layers, model.layers) for layer in range(layers)]
     if all(blocks):
-        return replace(model, name=name, moe_every=0, dense_width=width, dense_activation=activation)
+        return replace(model, name=name, moe_every=0, expert_counts=(), dense_width=width, dense_activation=activation)
     one = MoEConfig(model.d_model, gating=GatingConfig(), experts=ExpertsConfig(1, width, activation), balance=BalanceConfig())
-    return replace(model, name=name, moe=one)
+    return replace(model, name=name, moe=one, expert_counts=())

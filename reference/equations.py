@@ -56,6 +56,13 @@ ROUTERS = {
         r"\bigl|\{v : H_{vk} = e\}\bigr| \in \Bigl\{\Bigl\lfloor \frac{V}{E} \Bigr\rfloor, \Bigl\lceil \frac{V}{E} \Bigr\rceil\Bigr\}",
         "reference.choices.balanced_hash", "Hash layers"),
     "choose-hash": Equation(r"e_{tk} = H_{\text{id}(t), k}", "reference.choices.choose_by_hash", "Hash layers"),
+    "unit": Equation(r"\hat x = \frac{x}{\sqrt{\sum_d x_d^2 + 10^{-6}}}", "reference.soft.unit_forward", "Soft MoE"),
+    "soft-logits": Equation(r"z_{tec} = s \sum_d \hat x_{td}\, \hat W_{ecd}", "reference.soft.slot_logits_forward", "Soft MoE"),
+    "soft-dispatch": Equation(
+        r"d_{tec} = \frac{\exp z_{tec}}{\sum_{t' \in B(t)} \exp z_{t'ec}}", "reference.soft.soft_mix", "Soft MoE"),
+    "soft-combine": Equation(r"c_{tec} = \frac{\exp z_{tec}}{\sum_{e', c'} \exp z_{te'c'}}", "reference.soft.soft_mix", "Soft MoE"),
+    "soft-moe": Equation(
+        r"y_t = \sum_{e, c} c_{tec} \operatorname{FFN}_e\Bigl(\sum_{t'} d_{t'ec}\, x_{t'}\Bigr)", "reference.soft.mix_forward", "Soft MoE"),
     "balanced-assignment": Equation(
         r"\max_{e_1, \dots, e_S} \sum_t a_{t, e_t} \quad \text{such that} \quad \bigl|\{t : e_t = e\}\bigr| \le C",
         "reference.choices.balanced_assignment", "BASE"),
@@ -70,6 +77,25 @@ ROUTERS = {
     "survivors": Equation(
         r"g_{tk} = \frac{s_{t, e_{tk}}}{\sum_{j : \text{keep}_{tj}} s_{t, e_{tj}}}", "reference.gating.survivors"),
     "expert-scale": Equation(r"g_{tk} \leftarrow g_{tk}\, \rho_{e_{tk}}", "reference.gating.expert_scale_forward"),
+
+    "expert-dropout": Equation(
+        r"h \leftarrow \frac{m \odot h}{1 - p}, \quad m_f = \mathbf{1}[u_f \ge p], \quad u_f \sim \mathcal{U}(0, 1)",
+        "reference.expert_dropout.dropout_factors", "Switch"),
+    "expert-zero": Equation(r"E(x) = 0", "reference.zero_computation.zero_forward", "MoE++"),
+    "expert-copy": Equation(r"E(x) = x", "reference.zero_computation.copy_forward", "MoE++"),
+    "expert-constant": Equation(
+        r"E(x) = \alpha_1 x + \alpha_2 v, \quad (\alpha_1, \alpha_2) = \operatorname{softmax}(W_c\, x)",
+        "reference.zero_computation.constant_forward", "MoE++"),
+    "loss-heterogeneous": Equation(
+        r"\mathcal{L} = \Bigl( N + \frac{Z}{\tau} \Bigr) \sum_e \eta_e \frac{\ell_e}{\sum_j \ell_j} P_e, \quad "
+        r"\eta_e = \begin{cases} 1 & e \le N \\ \tau & \text{otherwise} \end{cases}",
+        "reference.balancing.heterogeneous_balance_forward", "MoE++"),
+    "capacity-heterogeneous": Equation(
+        r"C_e = \Bigl\lceil f_{\text{cap}} \frac{w_e K S}{\tau N + Z} \Bigr\rceil, \quad "
+        r"w_e = \begin{cases} \tau & e \le N \\ 1 & \text{otherwise} \end{cases}",
+        "reference.capacity.expert_capacity", "MoE++"),
+    "networks-per-token": Equation(
+        r"K_e = K \frac{\tau N}{\tau N + Z}", "reference.zero_computation.networks_per_token", "MoE++"),
 
     "order-probability": Equation(
         r"(t, k) \prec (t', k') \iff g_{tk} > g_{t'k'}, \quad \text{ties by position}", "reference.capacity.by_probability"),

@@ -10,6 +10,7 @@ import numpy as np
 
 from .config import ExpertsConfig
 from .scores import sigmoid
+from .zero_computation import ZeroComputationCache, zero_computation_backward, zero_computation_forward
 
 Params = dict[str, np.ndarray]
 
@@ -164,32 +165,35 @@ class FFN(NamedTuple):
 
 
 class FFNCache(NamedTuple):
-    """x_ND: its input; hidden_NF: after the activation; inner: the activation's own cache."""
+    """x_ND: its input; hidden_NF: after the activation and its factors; inner: the activation's own cache; factor: that of dropout."""
 
     x_ND: np.ndarray
     hidden_NF: np.ndarray
     inner: Any
+    factor: np.ndarray | None = None
 
 
-def ffn_forward(x_ND: np.ndarray, ffn: FFN, activation: str) -> tuple[np.ndarray, FFNCache]:
+def ffn_forward(x_ND: np.ndarray, ffn: FFN, activation: str, factor: np.ndarray | None = None) -> tuple[np.ndarray, FFNCache]:
     """One expert (ffn): out = W_down act(W_up x + b_up) + b_down.
 
-    Shapes: x [N, D] → (out [N, D], cache).
+    Shapes: x [N, D], factor [N, F] of the hidden layer, or None → (out [N, D], cache).
     Gradient: dh = dout W_down, du = act'(dh), dx = du W_up, dW_up = duᵀ x, dW_down = doutᵀ h.
     """
     pre_NM = x_ND @ ffn.up.T
     if ffn.up_bias is not None:
         pre_NM = pre_NM + ffn.up_bias
     hidden_NF, inner = ACTIVATIONS[activation].forward(pre_NM)
+    hidden_NF = hidden_NF if factor is None else hidden_NF * factor
     out_ND = hidden_NF @ ffn.down.T
     if ffn.down_bias is not None:
         out_ND = out_ND + ffn.down_bias
-    return out_ND, FFNCache(x_ND, hidden_NF, inner)
+    return out_ND, FFNCache(x_ND, hidden_NF, inner, factor)
 
 
 def ffn_backward(dout_ND: np.ndarray, ffn: FFN, cache: FFNCache, activation: str) -> tuple[np.ndarray, FFN]:
     """(dx [N, D], the gradients of the four arrays) of `ffn_forward`."""
-    dpre_NM = ACTIVATIONS[activation].backward(dout_ND @ ffn.down, cache.inner)
+    dhidden_NF = dout_ND @ ffn.down
+    dpre_NM = ACTIVATIONS[activation].backward(dhidden_NF if cache.factor is None else dhidden_NF * cache.factor, cache.inner)
     dup_bias = None if ffn.up_bias is None else dpre_NM.sum(0)
     ddown_bias = None if ffn.down_bias is None else dout_ND.sum(0)
     return dpre_NM @ ffn.up, FFN(dpre_NM.T @ cache.x_ND, dout_ND.T @ cache.hidden_NF, dup_bias, ddown_bias)
@@ -202,12 +206,13 @@ def ffn_keys(prefix: str, config: ExpertsConfig) -> tuple[str, str, str, str]:
 
 
 class ExpertsCache(NamedTuple):
-    """bounds_P: whose rows are whose; params, config: as given; inner: one FFNCache per expert."""
+    """bounds_P: whose rows are whose; params, config: as given; inner: one FFNCache per network; others: of the experts without one."""
 
     bounds_P: np.ndarray
     params: Params
     config: ExpertsConfig
     inner: list[FFNCache]
+    others: ZeroComputationCache
 
 
 def _expert(params: Params, config: ExpertsConfig, number: int) -> FFN:
@@ -216,27 +221,34 @@ def _expert(params: Params, config: ExpertsConfig, number: int) -> FFN:
     return FFN(params[up][number], params[down][number], *biases)
 
 
-def experts_forward(rows_ND: np.ndarray, bounds_P: np.ndarray, params: Params, config: ExpertsConfig) -> tuple[np.ndarray, ExpertsCache]:
+def experts_forward(
+    rows_ND: np.ndarray, bounds_P: np.ndarray, params: Params, config: ExpertsConfig, factor: np.ndarray | None = None
+) -> tuple[np.ndarray, ExpertsCache]:
     """Every expert on its own rows (experts): out[b_e : b_e+1] = FFN_e(rows[b_e : b_e+1]).
 
-    Shapes: rows [N, D] sorted by expert, bounds [E + 1] → (out [N, D], cache). An expert without rows computes nothing.
+    Shapes: rows [N, D] sorted by expert, bounds [E + 1], factor [N, F] of dropout → (out [N, D], cache). An expert without rows computes
+    nothing.
     """
-    out_ND, inner = np.empty_like(rows_ND), []
-    for number in range(config.count):
+    out_ND, inner, free = np.empty_like(rows_ND), [], bounds_P[config.networks]
+    for number in range(config.networks):
         own = slice(bounds_P[number], bounds_P[number + 1])
-        out_ND[own], cache = ffn_forward(rows_ND[own], _expert(params, config, number), config.activation)
+        own_factor = None if factor is None else factor[own]
+        out_ND[own], cache = ffn_forward(rows_ND[own], _expert(params, config, number), config.activation, own_factor)
         inner.append(cache)
-    return out_ND, ExpertsCache(bounds_P, params, config, inner)
+    out_ND[free:], others = zero_computation_forward(rows_ND[free:], bounds_P[config.networks :] - free, params, config)
+    return out_ND, ExpertsCache(bounds_P, params, config, inner, others)
 
 
 def experts_backward(dout_ND: np.ndarray, cache: ExpertsCache) -> tuple[np.ndarray, Params]:
     """(drows [N, D], gradients by name) of `experts_forward`; an expert without rows gets gradients of exactly 0."""
-    bounds_P, params, config, inner = cache
+    bounds_P, params, config, inner, others = cache
     keys = ffn_keys("experts", config)[: 4 if config.bias else 2]
     drows_ND, dparams = np.empty_like(dout_ND), {key: np.zeros_like(params[key]) for key in keys}
-    for number in range(config.count):
+    for number in range(config.networks):
         own = slice(bounds_P[number], bounds_P[number + 1])
         drows_ND[own], dffn = ffn_backward(dout_ND[own], _expert(params, config, number), inner[number], config.activation)
         for key, gradient in zip(keys, dffn, strict=False):
             dparams[key][number] = gradient
-    return drows_ND, dparams
+    free = bounds_P[config.networks]
+    drows_ND[free:], dothers = zero_computation_backward(dout_ND[free:], others)
+    return drows_ND, dparams | dothers

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .balancing import BIAS_RULES
+from .choices import CHOICES
 from .config import MoEConfig, require
 from .dispatch import combine_backward, combine_forward, dispatch_backward, dispatch_forward, gate_rows_backward, gate_rows_forward
+from .expert_dropout import dropout_factors
 from .experts import Params, experts_backward, experts_forward
 from .parameters import BUFFERS, check_input, check_params, init_params, parameter_shapes
 from .penalty import loss_weights, update_penalty
-from .routing import RouteCache, Routing, check_replay, route, route_backward, route_forward
+from .routing import Routing, check_replay, route_backward, route_forward, soft_route_backward, soft_route_forward
 from .shared import add_shared_backward, add_shared_forward
+from .soft import SoftCache, mix_backward, mix_forward
 from .tokens import TokenInfo, token_info
 
 __all__ = [
@@ -51,14 +54,15 @@ def apply_experts_forward(x_TD: np.ndarray, routing: Routing, params: Params, co
     if config.experts.gate_inputs:
         rows_ND, gated = gate_rows_forward(rows_ND, gate_TK, dispatch)
         gate_TK = np.ones_like(gate_TK)
-    out_ND, experts = experts_forward(rows_ND, dispatch.bounds_P, params, config.experts)
+    factor = dropout_factors(routing.draws, dispatch, config.experts, rows_ND.dtype)
+    out_ND, experts = experts_forward(rows_ND, dispatch.bounds_P, params, config.experts, factor)
     y_TD, combine = combine_forward(out_ND, gate_TK, dispatch)
     return y_TD.astype(x_TD.dtype, copy=False), ApplyCache(dispatch, gated, experts, combine)
 
 
 def apply_experts(x_TD: np.ndarray, routing: Routing, params: Params, config: MoEConfig) -> np.ndarray:
     """The second seam: y [T, D] of the routed experts for a given routing (no shared experts)."""
-    return apply_experts_forward(x_TD, routing, params, config)[0]
+    return _seams(config).apply(x_TD, routing, params, config)[0]
 
 
 def apply_experts_backward(dy_TD: np.ndarray, cache: ApplyCache) -> tuple[np.ndarray, np.ndarray, Params]:
@@ -70,14 +74,52 @@ def apply_experts_backward(dy_TD: np.ndarray, cache: ApplyCache) -> tuple[np.nda
     return dispatch_backward(drows_ND, cache.dispatch), dgate_TK, dparams
 
 
+def apply_soft_forward(x_TD: np.ndarray, routing: Routing, params: Params, config: MoEConfig) -> tuple[np.ndarray, SoftCache]:
+    """`mix_forward` for a given routing; ValueError where it has no mix."""
+    require(routing.mix is not None, "gating.choice is 'soft', but routing.mix is None: it was recorded by another router")
+    return mix_forward(x_TD, routing.mix, params, config)  # type: ignore[arg-type]
+
+
+class Seams(NamedTuple):
+    """Both seams of a layer, forward and backward; what `apply_backward` returns in its second place is what `route_backward` takes."""
+
+    route: Callable[..., Any]
+    route_backward: Callable[..., tuple[np.ndarray, Params]]
+    apply: Callable[..., tuple[np.ndarray, Any]]
+    apply_backward: Callable[..., tuple[np.ndarray, Any, Params]]
+
+
+SEAMS: dict[bool, Seams] = {
+    False: Seams(route_forward, route_backward, apply_experts_forward, apply_experts_backward),
+    True: Seams(soft_route_forward, soft_route_backward, apply_soft_forward, mix_backward),
+}
+"""By whether the router mixes tokens instead of sending them (`Choice.mixes`)."""
+
+
+def _seams(config: MoEConfig) -> Seams:
+    return SEAMS[CHOICES[config.gating.choice].mixes]
+
+
+def route(
+    x_TD: np.ndarray, params: Params, config: MoEConfig, *,
+    training: bool = False, rng: np.random.Generator | None = None, token_ids: np.ndarray | None = None,
+    group_ids: np.ndarray | None = None, pad_mask: np.ndarray | None = None, replay: Routing | None = None,
+) -> Routing:  # fmt: skip
+    """The first seam: which experts every token goes to, and with what gates. Arguments as in `moe_forward`."""
+    check_input(x_TD, config)
+    check_params(params, config)
+    tokens = token_info(len(x_TD), token_ids, group_ids, pad_mask)
+    return _seams(config).route(x_TD, params, config, tokens, training=training, rng=rng, replay=replay)[0]
+
+
 class LayerCache(NamedTuple):
     """What `moe_backward` needs; shared is None without shared experts."""
 
     params: Params
     config: MoEConfig
     tokens: TokenInfo
-    route: RouteCache
-    apply: ApplyCache
+    route: Any
+    apply: Any
     shared: Any
 
 
@@ -97,8 +139,8 @@ def moe_forward(
     check_input(x_TD, config)
     check_params(params, config)
     tokens = token_info(len(x_TD), token_ids, group_ids, pad_mask)
-    routing, losses, route_cache = route_forward(x_TD, params, config, tokens, training=training, rng=rng, replay=replay)
-    y_TD, apply_cache = apply_experts_forward(x_TD, routing, params, config)
+    routing, losses, route_cache = _seams(config).route(x_TD, params, config, tokens, training=training, rng=rng, replay=replay)
+    y_TD, apply_cache = _seams(config).apply(x_TD, routing, params, config)
     shared_cache = None
     if config.experts.shared:
         y_TD, shared_cache = add_shared_forward(x_TD, y_TD, tokens.real_T, params, config.experts)
@@ -129,12 +171,18 @@ def moe_backward(dy_TD: np.ndarray, cache: LayerCache, dloss: float | Mapping[st
     dshared_TD, dshared = np.zeros_like(dy_TD), {}
     if cache.shared is not None:
         dshared_TD, dy_TD, dshared = add_shared_backward(dy_TD, cache.shared, cache.params, cache.config.experts)
-    dx_TD, dgate_TK, dparams = apply_experts_backward(dy_TD, cache.apply)
-    drouter_TD, drouter = route_backward(dgate_TK, _loss_cotangents(dloss, cache), cache.route)
+    seams = _seams(cache.config)
+    dx_TD, dgate, dparams = seams.apply_backward(dy_TD, cache.apply)
+    drouter_TD, drouter = seams.route_backward(dgate, _loss_cotangents(dloss, cache), cache.route)
     return dx_TD + drouter_TD + dshared_TD, dparams | drouter | dshared
 
 
 def update_bias(correction_bias: np.ndarray, load_E: np.ndarray, config: MoEConfig) -> np.ndarray:
-    """The correction bias [E] after one optimizer step, by config.balance's rule; load [E] summed over micro-batches and ranks."""
+    """The correction bias [E] after one optimizer step, by config.balance's rule; load [E] summed over micro-batches and ranks.
+
+    The biases of zero-computation experts stay: those of the networks decide how often these are passed over.
+    Source: LongCat-Flash technical report (Meituan 2025), §2.1.1.
+    """
     require(load_E.shape == correction_bias.shape, f"load has shape {load_E.shape}; the bias has {correction_bias.shape}")
-    return BIAS_RULES[config.balance.bias_rule](correction_bias, load_E, config.balance.bias_rate)
+    moved = BIAS_RULES[config.balance.bias_rule](correction_bias, load_E, config.balance.bias_rate)
+    return np.where(np.arange(len(moved)) < config.experts.networks, moved, correction_bias)

@@ -48,6 +48,8 @@ PAPERS = {
     "V-MoE": "Riquelme et al. 2021, Scaling Vision with Sparse Mixture of Experts, arXiv:2106.05974",
     "GLaM": "Du et al. 2021, GLaM: Efficient Scaling of Language Models with Mixture-of-Experts, arXiv:2112.06905",
     "Expert choice": "Zhou et al. 2022, Mixture-of-Experts with Expert Choice Routing, arXiv:2202.09368",
+    "Soft MoE": "Puigcerver et al. 2023, From Sparse to Soft Mixtures of Experts, arXiv:2308.00951",
+    "DeepSeek-V4": "DeepSeek-AI 2026, DeepSeek-V4: Towards Highly Efficient Million-Token Context Intelligence, arXiv:2606.19348",
     "Unified scaling": "Clark et al. 2022, Unified Scaling Laws for Routed Language Models, arXiv:2202.01169",
     "Gumbel-top-k": "Kool et al. 2019, Stochastic Beams and Where to Find Them, arXiv:1903.06059",
     "ReMoE": "Wang et al. 2024, ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing, arXiv:2412.14711",
@@ -61,6 +63,7 @@ PAPERS = {
     "Llama 4": "Meta 2025, The Llama 4 herd (announcement), and the model card meta-llama/Llama-4-Scout-17B-16E",
     "Global batch": "Qiu et al. 2025, Demons in the Detail: On Implementing Load Balancing Loss for Training Specialized "
     "Mixture-of-Expert Models, arXiv:2501.11873",
+    "MoE++": "Jin et al. 2024, MoE++: Accelerating Mixture-of-Experts Methods with Zero-Computation Experts, arXiv:2410.07348",
     "LongCat-Flash": "Meituan LongCat Team 2025, LongCat-Flash Technical Report, arXiv:2509.01322",
     "Kaplan": "Kaplan et al. 2020, Scaling Laws for Neural Language Models, arXiv:2001.08361",
     "Jacobs 1991": "Jacobs, Jordan, Nowlan and Hinton 1991, Adaptive Mixtures of Local Experts, Neural Computation 3(1)",
@@ -71,6 +74,8 @@ PAPERS = {
     "GELU": "Hendrycks and Gimpel 2016, Gaussian Error Linear Units, arXiv:1606.08415",
     "Shannon": "Shannon 1948, A Mathematical Theory of Communication, Bell System Technical Journal 27",
     "Phipson & Smyth": "Phipson and Smyth 2010, Permutation P-values Should Never Be Zero, Stat. Appl. Genet. Mol. Biol. 9(1)",
+    "StableMoE": "Dai et al. 2022, StableMoE: Stable Routing Strategy for Mixture of Experts, arXiv:2204.08396",
+    "Cohen": "Cohen 1960, A Coefficient of Agreement for Nominal Scales, Educational and Psychological Measurement 20(1)",
     "Theil": "Theil 1970, On the Estimation of Relationships Involving Qualitative Variables, American Journal of Sociology 76(1)",
 }
 """Short name → reference. Which section or equation of it is meant stands in the function's docstring."""
@@ -218,6 +223,26 @@ EQUATIONS = {
     "expert-share": Equation(
         r"\text{share}_{ve} = \frac{p(v, e)}{p(v)}", "reference.specialization.domain_expert_share"),
 
+    "position-bin": Equation(
+        r"v_t = \Bigl\lfloor \frac{b\, i_t}{S_{B(t)}} \Bigr\rfloor, \quad i_t = 0, 1, \dots \text{ the place in the sequence}",
+        "reference.specialization.position_bins"),
+    "weight-overlap": Equation(
+        r"O = \frac{1}{E (E - 1) F} \sum_{e \ne f} \sum_i \max_j \cos(u_{ei}, u_{fj})", "reference.overlap.weight_overlap"),
+    "output-overlap": Equation(
+        r"O = \frac{1}{T E (E - 1)} \sum_t \sum_{e \ne f} \cos(o_{et}, o_{ft})", "reference.overlap.output_overlap"),
+    "disabled-experts": Equation(
+        r"\mathcal{M}_t = \operatorname{top}m_e\, c_{te}, \quad (e_{t1}, \dots, e_{tK}) = "
+        r"\operatorname{top}K_{e \notin \mathcal{M}_t}\, c_{te}",
+        "reference.redundancy.disable_top", "DeepSeekMoE"),
+    "masked-increase": Equation(
+        r"\Delta_m = \mathcal{L}(\mathcal{M} \text{ disabled}) - \mathcal{L}", "reference.redundancy.redundancy", "DeepSeekMoE"),
+    "routing-churn": Equation(
+        r"1 - a, \quad a = \frac{1}{T K} \sum_t |\mathcal{A}_t \cap \mathcal{B}_t|", "reference.churn.routing_churn", "StableMoE"),
+    "chance-corrected": Equation(r"\kappa = \frac{a - a_0}{1 - a_0}", "reference.churn.routing_churn", "Cohen"),
+    "best-relabelling": Equation(
+        r"\max_\pi \sum_f n_{\pi(f), f}, \quad n_{ef} = |\{t : e \in \mathcal{A}_t,\ f \in \mathcal{B}_t\}|",
+        "reference.churn.best_relabelling"),
+
     "layer-parameters": Equation(
         r"\underbrace{E D}_{\text{router}} + \underbrace{3 E D F}_{\text{routed}} + \underbrace{3 D F_{\text{shared}}}_{\text{shared}} "
         r"\quad (\text{active: } 3 K D F \text{ routed})", "reference.cost.layer_parameters"),
@@ -226,6 +251,10 @@ EQUATIONS = {
     "mla-parameters": Equation(
         r"\underbrace{D r_q + r_q + r_q H (d_h + d_r)}_{\text{queries}} + \underbrace{D (r_{kv} + d_r) + r_{kv} + r_{kv} H (d_h + d_v)}"
         r"_{\text{keys, values}} + \underbrace{H d_v D}_{\text{output}}", "reference.cost.latent_parameters", "DeepSeek-V2"),
+    "grouped-output-parameters": Equation(
+        r"\underbrace{D r_q + r_q + r_q H d_h}_{\text{queries}} + \underbrace{D d_h + d_h}_{\text{key and value}} + "
+        r"\underbrace{H d_h r_o + G r_o D}_{\text{output}} + \underbrace{H}_{\text{sinks}}",
+        "reference.cost.grouped_output_parameters", "DeepSeek-V4"),
     "model-parameters": Equation(
         r"\sum_{\text{layers}} (\text{attention} + \text{norms} + \text{FFN or MoE}) + \text{embedding} + \text{head}",
         "reference.cost.model_parameters"),

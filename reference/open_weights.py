@@ -22,6 +22,20 @@ _GPT_OSS = MoEConfig(
     GatingConfig(top_k=4, normalize="softmax"),
     experts=ExpertsConfig(128, 2880, "clamped_swiglu", bias=True),
 )
+_LONGCAT = MoEConfig(
+    6144,
+    gating=GatingConfig(top_k=12, correction_bias=True, scale=6.0),
+    experts=ExpertsConfig(768, 2048, zero_computation=(("copy", 256),)),
+    balance=BalanceConfig(bias_rule="proportional", bias_rate=0.001),
+)
+# SwiGLU's sides are capped at ±10 while V4 is trained, which is left out.
+_DEEPSEEK_V4 = MoEConfig(
+    4096,
+    ScoresConfig("sqrt_softplus"),
+    GatingConfig(top_k=6, correction_bias=True, normalize="sum", eps=1e-20, scale=1.5),
+    experts=ExpertsConfig(256, 2048, shared=1),
+    balance=BalanceConfig((("sequence_balance", 1e-4),), bias_rule="sign", bias_rate=0.001),
+)
 _LLAMA4 = MoEConfig(5120, ScoresConfig("sigmoid"), experts=ExpertsConfig(16, 8192, gate_inputs=True, shared=1))
 
 ROWS: Mapping[str, Mapping[str, Any]] = {
@@ -55,5 +69,27 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
         like="llama4-scout",
         source="Meta 2025, model card meta-llama/Llama-4-Maverick-17B-128E",
         moe_every=2, moe=replace(_LLAMA4, experts=replace(_LLAMA4.experts, count=128)),
+    ),
+    # The attention's compressors and indexers, the mixing of residual streams and the module that predicts a second token: not counted.
+    "deepseek-v4-flash": dict(
+        source="DeepSeek-AI 2026 (DeepSeek-V4, arXiv 2606.19348), §4.2: V4-Flash; the rest: model card deepseek-ai/DeepSeek-V4-Flash",
+        layers=43, vocabulary=129280, dense_width=2048, moe=_DEEPSEEK_V4,
+        attention=AttentionConfig("grouped_output", 64, 1, 512, q_rank=1024, rope_dim=64, o_groups=8, o_rank=1024),
+    ),
+    "deepseek-v4-flash-hash": dict(
+        like="deepseek-v4-flash",
+        source="DeepSeek-AI 2026 (DeepSeek-V4, arXiv 2606.19348), §4.2: V4-Flash, layers 1 to 3; model card as above",
+        moe=replace(
+            _DEEPSEEK_V4,
+            gating=GatingConfig(top_k=6, choice="hash", vocabulary=129280, normalize="sum", eps=1e-20, scale=1.5),
+            balance=BalanceConfig((("sequence_balance", 1e-4),)),
+        ),
+    ),
+    # One of the report's 28 layers is two here: attention and a dense FFN twice, and one mixture, which runs beside the first FFN. The
+    # module that predicts a second token is not counted. The report prints no μ; this is the rate with which DeepSeek-V3 starts.
+    "longcat-flash": dict(
+        source="LongCat Team 2025 (LongCat-Flash, arXiv 2509.01322), §2; sizes: model card meituan-longcat/LongCat-Flash-Chat",
+        layers=56, moe_every=2, extra_dense=True, vocabulary=131072, dense_width=12288, moe=_LONGCAT,
+        attention=AttentionConfig("mla", 64, 64, 128, q_rank=1536, kv_rank=512, rope_dim=64, v_head_dim=128),
     ),
 }

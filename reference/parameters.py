@@ -12,6 +12,7 @@ from .config import MoEConfig, require
 from .experts import ACTIVATIONS, Params, first_matrix
 from .noise import LOGIT_NOISE
 from .shared import shared_gate_shapes
+from .zero_computation import zero_computation_shapes
 
 # Saved with the parameters, moved by rules instead of gradients, or not at all.
 BUFFERS = frozenset({"router.correction_bias", "router.penalty", "router.hash_table"})
@@ -22,19 +23,21 @@ def parameter_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
     width, experts = config.d_model, config.experts
     rows = 2 if ACTIVATIONS[experts.activation].gated else 1
     shapes = _router_shapes(config)
-    for prefix, stack, hidden in (("experts", (experts.count,), experts.width), ("shared", (), experts.total_shared_width)):
+    for prefix, stack, hidden in (("experts", (experts.networks,), experts.width), ("shared", (), experts.total_shared_width)):
         if hidden:
             up, down = f"{prefix}.{first_matrix(experts)}", f"{prefix}.down_proj"
             shapes |= {up: (*stack, rows * hidden, width), down: (*stack, width, hidden)}
             if experts.bias:
                 shapes |= {f"{up}_bias": (*stack, rows * hidden), f"{down}_bias": (*stack, width)}
-    return shapes | shared_gate_shapes(width, experts)
+    return shapes | zero_computation_shapes(width, experts) | shared_gate_shapes(width, experts)
 
 
 def _router_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
     experts, gating = config.experts.count, config.gating
+    slots = (gating.slots,) if gating.slots else ()
     wanted = {
-        "weight": (True, (experts, config.d_model)),
+        "weight": (True, (experts, *slots, config.d_model)),
+        "scale": (gating.choice == "soft", (1,)),
         "bias": (config.scores.bias, (experts,)),
         "noise_weight": (LOGIT_NOISE[config.scores.logit_noise].learned, (experts, config.d_model)),
         "expert_scale": (gating.expert_scale, (experts,)),
@@ -75,6 +78,7 @@ class Start(NamedTuple):
 STARTS: dict[str, Start] = {
     "router.noise_weight": Start(_zeros),
     "router.expert_scale": Start(_ones),
+    "router.scale": Start(_ones),
     "router.correction_bias": Start(_zeros, np.float32),
     "router.penalty": Start(_penalty, np.float32),
     "router.hash_table": Start(_hash_table, np.int64),

@@ -211,13 +211,14 @@ def tiny(name: str) -> MoEConfig:
     count = min(full.experts.count, 8 // groups * groups)
     top_groups = groups if full.gating.top_groups == full.gating.groups else max(1, groups // 2)
     top_k = min(full.gating.top_k, max(1, top_groups * count // groups - 1), 3)
+    free = tuple((kind, max(1, round(number * count / full.experts.count))) for kind, number in full.experts.zero_computation)
     shared_width = full.experts.shared_width
     shared_width = None if shared_width is None else _scaled(shared_width, full)
     return replace(
         full,
         d_model=_TINY_D_MODEL,
         gating=replace(full.gating, groups=groups, top_groups=top_groups, top_k=top_k, vocabulary=min(full.gating.vocabulary, 256)),
-        experts=replace(full.experts, count=count, width=_TINY_WIDTH, shared_width=shared_width),
+        experts=replace(full.experts, count=count, width=_TINY_WIDTH, shared_width=shared_width, zero_computation=free),
     )
 
 
@@ -258,10 +259,14 @@ def _tiny_model(full: ModelConfig) -> ModelConfig:
         bias=full.attention.bias,
         qk_norm=full.attention.qk_norm,
     )
+    counts, moe_layers = full.expert_counts, periods if every else 0
+    ends = [counts[number * (len(counts) - 1) // max(moe_layers - 1, 1)] for number in range(moe_layers)] if counts else []
+    most = tiny(full.name).experts.count
     return replace(
         full,
         name=f"{full.name}-tiny",
         moe=tiny(full.name),
+        expert_counts=tuple(max(2, round(count * most / full.moe.experts.count)) for count in ends),
         layers=first_dense + max(every, 1) * periods,
         attention=attention,
         vocabulary=256,

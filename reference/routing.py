@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .balancing import LOSSES, LossInputs, count_load, mean_probability
-from .capacity import RECYCLES, Placed, group_capacity, keep_within_capacity, queue_order
-from .choices import CHOICES, ChoiceContext, choose, slots
+from .capacity import RECYCLES, Placed, expert_capacity, keep_within_capacity, queue_order
+from .choices import CHOICES, ChoiceContext, choose, choose_all, slots
 from .config import MoEConfig, ScoresConfig, require
+from .expert_dropout import draw_dropout
 from .experts import Params
 from .gating import SECOND_CHOICES, expert_scale_backward, expert_scale_forward, gates_backward, gates_forward, survivors
 from .noise import LOGIT_NOISE, Noisy
-from .parameters import check_input, check_params
 from .scores import INPUT_NOISE, INPUT_NORMS, SCORE_FUNCTIONS, logits_backward, logits_forward, softcap_forward
-from .tokens import Draws, TokenInfo, token_info
+from .soft import SlotLogitsCache, SoftMix, slot_logits_backward, slot_logits_forward, soft_mix, soft_mix_backward
+from .tokens import Draws, TokenInfo
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Routing:
     importance  [E], mean score share over the real tokens
     logits, scores  [T, E]; the logits are those without noise
     draws       the random numbers used, by name
+    mix         Soft MoE's shares, of which the other fields tell the sums: gate those of combine over an expert's slots, all in keep;
+                logits and scores are [T, E, C] there, scores those of dispatch. None where tokens are sent to experts
     """
 
     expert: np.ndarray
@@ -41,6 +44,7 @@ class Routing:
     logits: np.ndarray
     scores: np.ndarray
     draws: dict[str, np.ndarray]
+    mix: SoftMix | None = None
 
 
 def check_replay(replay: Routing, tokens: TokenInfo, config: MoEConfig) -> None:
@@ -122,17 +126,17 @@ class Decision(NamedTuple):
 def decide(scores_TE: np.ndarray, bias: np.ndarray | None, config: MoEConfig, tokens: TokenInfo, context: ChoiceContext) -> Decision:
     """The discrete half of a pass, for given scores [T, E]: choice, second choice, drop, recycling."""
     training, draws, experts = context.training, context.draws, config.experts.count
-    slots_B = group_capacity(config.capacity, config.gating.top_k, experts, tokens, training=training)
-    chosen_TK, picked_TK = choose(scores_TE, bias, config.gating, tokens, context._replace(slots_B=slots_B))
+    slots = expert_capacity(config, tokens, training=training)
+    chosen_TK, picked_TK = choose(scores_TE, bias, config.gating, tokens, context._replace(slots_B=slots))
     gate_TK, _ = gates_forward(scores_TE, chosen_TK, config.gating)
     wanted_TK = picked_TK & SECOND_CHOICES[config.gating.second_choice if training else "always"](gate_TK, config.gating, draws)
     order, recycled = config.capacity.order, config.capacity.recycle
     if config.capacity.formula == "none":  # nobody waits for a slot, so nobody draws lots for one
         order, recycled = "choice_major", "none"
     order_N = queue_order(gate_TK, order, draws, training=training)
-    kept_TK = keep_within_capacity(chosen_TK, wanted_TK, slots_B, order_N, tokens)
+    kept_TK = keep_within_capacity(chosen_TK, wanted_TK, slots, order_N, tokens)
     recycle = RECYCLES[recycled if training else "none"]
-    expert_TK, keep_TK = recycle(Placed(chosen_TK, kept_TK), wanted_TK, slots_B, experts, tokens, draws)
+    expert_TK, keep_TK = recycle(Placed(chosen_TK, kept_TK), wanted_TK, slots, experts, tokens, draws)
     return Decision(chosen_TK, picked_TK, expert_TK, keep_TK, count_load(chosen_TK, picked_TK, experts))
 
 
@@ -171,27 +175,15 @@ def route_forward(
     scale_cache = None
     if gating.expert_scale:
         gate_TK, scale_cache = expert_scale_forward(gate_TK, expert_TK, params["router.expert_scale"])
-    sizes = (gating.top_k, gating.groups, gating.top_groups)
+    sizes = (gating.top_k, gating.groups, gating.top_groups, config.experts.networks, config.experts.network_share)
     inputs = LossInputs(logits_TE, scores_TE, probability_TE, chosen_TK, picked_TK, tokens, gate_TK, noise, *sizes)
     results = {name: LOSSES[name].forward(inputs) for name, _ in config.balance.losses} if training else {}
     importance_E = mean_probability(probability_TE, tokens)
-    gate_TK = np.where(keep_TK, gate_TK, 0)
-    routing = Routing(expert_TK, gate_TK, keep_TK, load_E, importance_E, logits_TE, scores_TE, draws.taken)
+    gate_TK, taken = np.where(keep_TK, gate_TK, 0), draw_dropout(expert_TK, config.experts, draws, training=training)
+    routing = Routing(expert_TK, gate_TK, keep_TK, load_E, importance_E, logits_TE, scores_TE, taken)
     caches = (logits_cache, scores_cache, probability_cache, gates_cache, scale_cache)
     cache = RouteCache(config, *caches, keep_TK, {name: inner for name, (_, inner) in results.items()})
     return routing, {name: float(value) for name, (value, _) in results.items()}, cache
-
-
-def route(
-    x_TD: np.ndarray, params: Params, config: MoEConfig, *,
-    training: bool = False, rng: np.random.Generator | None = None, token_ids: np.ndarray | None = None,
-    group_ids: np.ndarray | None = None, pad_mask: np.ndarray | None = None, replay: Routing | None = None,
-) -> Routing:  # fmt: skip
-    """The first seam: which experts every token goes to, and with what gates. Arguments as in `moe_forward`."""
-    check_input(x_TD, config)
-    check_params(params, config)
-    tokens = token_info(len(x_TD), token_ids, group_ids, pad_mask)
-    return route_forward(x_TD, params, config, tokens, training=training, rng=rng, replay=replay)[0]
 
 
 def route_backward(dgate_TK: np.ndarray, dlosses: Mapping[str, float], cache: RouteCache) -> tuple[np.ndarray, Params]:
@@ -211,3 +203,32 @@ def route_backward(dgate_TK: np.ndarray, dlosses: Mapping[str, float], cache: Ro
     dnoisy_TE = function.backward(dscores_TE, cache.scores) + cotangents.get("noisy", 0)
     dx_TD, drouter = router_logits_backward(cotangents.get("logits", 0), dnoisy_TE, cotangents.get("deviation", 0), cache.logits)
     return dx_TD, drouter | dparams
+
+
+class SoftRouteCache(NamedTuple):
+    """What `soft_route_backward` needs; no losses, there is nothing to balance."""
+
+    logits: SlotLogitsCache
+    mix: SoftMix
+    losses: dict[str, Any]
+
+
+def soft_route_forward(
+    x_TD: np.ndarray, params: Params, config: MoEConfig, tokens: TokenInfo, *,
+    training: bool = False, rng: np.random.Generator | None = None, replay: Routing | None = None,
+) -> tuple[Routing, dict[str, float], SoftRouteCache]:  # fmt: skip
+    """`route_forward` where nothing is chosen: logits → shares. Neither noise nor a decision is there to be replayed."""
+    if replay is not None:
+        check_replay(replay, tokens, config)
+    logits_TEC, logits_cache = slot_logits_forward(x_TD, params)
+    mix = soft_mix(logits_TEC, tokens)
+    gate_TE = mix.combine.sum(2)
+    expert_TE, keep_TE = choose_all(gate_TE, config.gating, tokens, ChoiceContext())
+    load_E, importance_E = count_load(expert_TE, keep_TE, config.experts.count), mean_probability(gate_TE, tokens)
+    routing = Routing(expert_TE, gate_TE, keep_TE, load_E, importance_E, logits_TEC, mix.dispatch, {}, mix)
+    return routing, {}, SoftRouteCache(logits_cache, mix, {})
+
+
+def soft_route_backward(dmix: SoftMix, dlosses: Mapping[str, float], cache: SoftRouteCache) -> tuple[np.ndarray, Params]:
+    """(dx [T, D], gradients by name) from the cotangents of dispatch and combine."""
+    return slot_logits_backward(soft_mix_backward(dmix, cache.mix), cache.logits)

@@ -2,7 +2,7 @@
 
 A label is any integer of a token: its domain, its id, its position. Every estimate of mutual information from finitely many tokens is
 above zero, and the more so the more experts and labels there are. So a number is reported beside its permutation null: the same
-estimate after the labels were dealt out anew.
+estimate after the labels were dealt out anew. `overlap`, `redundancy` and `churn` measure what no label shows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,37 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .config import require
+
+
+class Chance(NamedTuple):
+    """A number beside what it would be without the effect that it is to show. Plain Python numbers, ready for JSON.
+
+    value                 as measured
+    null_mean             its mean over the draws of the null model
+    null_low, null_high   their 2.5th and 97.5th percentile
+    excess                value − null_mean
+    p_value               chance of so large a value under the null model, in (0, 1]
+    draws                 how many
+    """
+
+    value: float
+    null_mean: float
+    null_low: float
+    null_high: float
+    excess: float
+    p_value: float
+    draws: int
+
+
+def against_chance(value: float, null: ArrayLike) -> Chance:
+    """A value beside the draws of its null model, by the p-value of `measure`. Raises ValueError without a draw."""
+    null = np.asarray(null, dtype=np.float64)
+    require(null.ndim == 1 and null.size > 0, f"null has shape {null.shape}; it must hold at least 1 draw")
+    # Two draws with the same counts may differ by a rounding, and must count as equal.
+    reached = int(np.count_nonzero(null >= value - 1e-12))
+    low, high = np.quantile(null, [0.025, 0.975]).tolist()
+    mean = float(null.mean())
+    return Chance(float(value), mean, low, high, float(value) - mean, (1 + reached) / (1 + null.size), null.size)
 
 
 class Specialization(NamedTuple):
@@ -68,6 +99,7 @@ def measure(
     *,
     keep_TK: ArrayLike | None = None,
     group_ids: ArrayLike | None = None,
+    within: ArrayLike | None = None,
     permutations: int = 200,
 ) -> Specialization:
     """Mutual information of expert and label beside its permutation null.
@@ -80,14 +112,19 @@ def measure(
     alike for reasons other than the label, and shuffling tokens would call that specialization. Give `group_ids` [T] (which sequence a
     token belongs to, integers) there: labels are then dealt out to whole groups.
 
+    The other way round, a label that varies inside a sequence may owe its information to a third thing: a byte to the domain that it is
+    frequent in. Give `within` [T] (integers, constant on a group): labels are then dealt out among tokens of equal `within` only, so that
+    the null holds what `within` explains. For positions, `position_bins` is the label and the sequence is `within`.
+
     Other arguments as for `mutual_information`. `rng` draws the permutations; the result depends on nothing else. No gradient.
-    Raises ValueError as `mutual_information` does, and for permutations < 1, an `rng` that is no Generator, and a group with two labels.
+    Raises ValueError as `mutual_information` does, and for permutations < 1, an `rng` that is no Generator, and a group with two labels or
+    two values of `within`.
     Source: Phipson and Smyth, "Permutation P-values Should Never Be Zero" (2010), for p; Theil's uncertainty coefficient, for U.
     """
-    require(isinstance(rng, np.random.Generator), f"rng is {rng!r}; it must be a numpy.random.Generator")
-    require(permutations >= 1, f"permutations is {permutations}; it must be at least 1")
+    check_draws(rng, permutations, "permutations")
     token_N, expert_N, label_T = _assignments(expert_TK, label_T, keep_TK)
-    block_N, block_label = _blocks(token_N, label_T, group_ids)
+    block_N, block_label = _blocks(token_N, label_T, group_ids, "labels")
+    stratum = None if within is None else _blocks(token_N, token_labels(within, label_T.size, "within"), group_ids, "values of within")[1]
     expert_N = _from_zero(expert_N)
     # One entry for each (block, expert) that occurs: a permutation then costs as much as there are entries, not assignments.
     experts = int(expert_N.max()) + 1
@@ -95,18 +132,18 @@ def measure(
     block, expert = np.divmod(entry, experts)
     table = _table(block_label[block], expert, count)
     information = _information(table)
-    null = np.array([_information(_table(rng.permutation(block_label)[block], expert, count)) for _ in range(permutations)])
-    # Two permutations with one table may differ by a rounding, and must count as equal.
-    reached = int(np.count_nonzero(null >= information - 1e-12))
-    null_low, null_high = np.quantile(null, [0.025, 0.975]).tolist()
+    null = np.array(
+        [_information(_table(block_label[deal(rng, stratum, block_label.size)][block], expert, count)) for _ in range(permutations)]
+    )
+    chance = against_chance(information, null)
     expert_entropy = _entropy(table.sum(0))
     return Specialization(
         information=information,
-        null_mean=float(null.mean()),
-        null_low=null_low,
-        null_high=null_high,
-        excess=information - float(null.mean()),
-        p_value=(1 + reached) / (1 + permutations),
+        null_mean=chance.null_mean,
+        null_low=chance.null_low,
+        null_high=chance.null_high,
+        excess=chance.excess,
+        p_value=chance.p_value,
         coefficient=min(1.0, information / expert_entropy) if expert_entropy > 0 else 0.0,
         expert_entropy=expert_entropy,
         label_entropy=_entropy(table.sum(1)),
@@ -114,6 +151,30 @@ def measure(
         blocks=block_label.size,
         permutations=permutations,
     )
+
+
+def deal(rng: np.random.Generator, stratum: np.ndarray | None, count: int) -> np.ndarray:
+    """A random order of 0 … count − 1 in which each place keeps its stratum (None: any order)."""
+    if stratum is None:
+        return rng.permutation(count)
+    order = np.empty(count, np.int64)
+    order[np.argsort(stratum, kind="stable")] = np.lexsort((rng.random(count), stratum))
+    return order
+
+
+def position_bins(group_ids: ArrayLike, bins: int) -> np.ndarray:
+    """The label of a token's place in its sequence (position-bin): [T] int64 in 0 … bins − 1, for groups of any lengths.
+
+    group_ids [T] integers, tokens of a group in their order. No gradient. Raises ValueError for another shape or dtype, and bins < 1.
+    """
+    group_T = np.asarray(group_ids)
+    group_T = token_labels(group_T, group_T.size, "group_ids")
+    require(bins >= 1, f"bins is {bins}; it must be at least 1")
+    _, group_T, size = np.unique(group_T, return_inverse=True, return_counts=True)
+    order = np.argsort(group_T, kind="stable")
+    place_T = np.empty_like(group_T)
+    place_T[order] = np.arange(group_T.size) - np.repeat(np.cumsum(size) - size, size)
+    return place_T * bins // size[group_T]
 
 
 def domain_expert_share(
@@ -154,18 +215,30 @@ def _assignments(expert_TK: ArrayLike, label_T: ArrayLike, keep_TK: ArrayLike | 
     return token_N, expert_N, label_T.astype(np.int64)
 
 
-def _blocks(token_N: np.ndarray, label_T: np.ndarray, group_ids: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
+def check_draws(rng: np.random.Generator, draws: int, name: str) -> None:
+    """ValueError unless rng is a Generator and there is at least one draw."""
+    require(isinstance(rng, np.random.Generator), f"rng is {rng!r}; it must be a numpy.random.Generator")
+    require(draws >= 1, f"{name} is {draws}; it must be at least 1")
+
+
+def token_labels(values: ArrayLike, tokens: int, name: str) -> np.ndarray:
+    """Integers [T] of this name, checked."""
+    values = np.asarray(values)
+    require(values.shape == (tokens,), f"{name} has shape {values.shape}, but there are {tokens} tokens")
+    require(values.dtype.kind in "iu", f"{name} has dtype {values.dtype}; it must hold integers")
+    return values.astype(np.int64)
+
+
+def _blocks(token_N: np.ndarray, label_T: np.ndarray, group_ids: ArrayLike | None, what: str) -> tuple[np.ndarray, np.ndarray]:
     """(block_N, block_label): the block of each assignment, and the label of each block that occurs, both counted from 0."""
-    group_T = np.arange(label_T.size) if group_ids is None else np.asarray(group_ids)
-    require(group_T.shape == label_T.shape, f"group_ids has shape {group_T.shape}, but label_T {label_T.shape}")
-    require(group_T.dtype.kind in "iu", f"group_ids has dtype {group_T.dtype}; it must hold integers")
+    group_T = np.arange(label_T.size) if group_ids is None else token_labels(group_ids, label_T.size, "group_ids")
     label_N = label_T[token_N]
     group, first, block_N = np.unique(group_T[token_N], return_index=True, return_inverse=True)
     block_label = label_N[first]
     stray = np.flatnonzero(label_N != block_label[block_N])
     if stray.size:
         block = block_N[stray[0]]
-        raise ValueError(f"group {group[block]} has the labels {block_label[block]} and {label_N[stray[0]]}; a group must share one label")
+        raise ValueError(f"group {group[block]} has the {what} {block_label[block]} and {label_N[stray[0]]}; a group must share one")
     return block_N, _from_zero(block_label)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from reference import BalanceConfig, CapacityConfig, ExpertsConfig, GatingConfig, MoEConfig, ScoresConfig, init_params
+from reference.choices import CHOICES
 from reference.layer import Params
 
 VOCABULARY = 11
@@ -125,6 +126,7 @@ CONFIGS: dict[str, MoEConfig] = {
         GatingConfig(top_k=2, choice="hash", vocabulary=VOCABULARY, normalize="sum", eps=1e-20, scale=1.5),
         experts=ExpertsConfig(5, 4, shared=1),
     ),
+    "soft": MoEConfig(6, gating=GatingConfig(choice="soft", slots=2), experts=ExpertsConfig(5, 4, "gelu", bias=True)),
     "balanced": MoEConfig(6, ScoresConfig("sigmoid"), GatingConfig(choice="balanced"), experts=ExpertsConfig(4, 3, "relu")),
     "sinkhorn": MoEConfig(6, gating=GatingConfig(top_k=2, choice="sinkhorn", iterations=5), experts=ExpertsConfig(4, 3)),
     "relu": MoEConfig(
@@ -171,16 +173,38 @@ CONFIGS: dict[str, MoEConfig] = {
         experts=ExpertsConfig(5, 3, bias=True, gate_inputs=True),
         balance=BalanceConfig((("expert_balance", 0.01),)),
     ),
+    "moe++": MoEConfig(
+        6,
+        gating=GatingConfig(top_k=2),
+        capacity=CapacityConfig("per_assignment", factor=0.9),
+        experts=ExpertsConfig(8, 3, zero_computation=(("zero", 1), ("copy", 1), ("constant", 2)), network_share=0.6),
+        balance=BalanceConfig((("heterogeneous_balance", 0.1),)),
+    ),
+    "longcat": MoEConfig(
+        6,
+        gating=GatingConfig(top_k=3, correction_bias=True, scale=6.0),
+        experts=ExpertsConfig(7, 4, zero_computation=(("copy", 3),)),
+        balance=BalanceConfig((("heterogeneous_balance", 0.1),), bias_rule="proportional", bias_rate=0.01),
+    ),
+    "expert-dropout": MoEConfig(
+        6,
+        gating=GatingConfig(top_k=2),
+        capacity=CapacityConfig("per_assignment", factor=0.9),
+        experts=ExpertsConfig(4, 5, bias=True, shared=1, dropout=0.4),
+    ),
     "all-chosen": MoEConfig(6, gating=GatingConfig(top_k=3, normalize="sum"), experts=ExpertsConfig(3, 4)),
     "one-expert": MoEConfig(4, gating=GatingConfig(top_k=1), experts=ExpertsConfig(1, 3, "gelu")),
 }
 """Name → config. Every width and count is small, and no two letters of a shape agree everywhere."""
 
+SENT: dict[str, MoEConfig] = {name: config for name, config in CONFIGS.items() if not CHOICES[config.gating.choice].mixes}
+"""Those whose tokens are sent to experts, not mixed."""
+
 
 def random_params(config: MoEConfig, rng: np.random.Generator, dtype: Any = np.float64) -> Params:
     """`init_params`, but nothing that starts at 0 or 1 has that value, so that a forgotten one is seen."""
     params = init_params(config, rng, dtype)
-    given = ("bias", "noise_weight", "expert_scale")
+    given = ("bias", "noise_weight", "scale")
     changed = {
         name: array + (0.3 * rng.standard_normal(array.shape)).astype(array.dtype) for name, array in params.items() if name.endswith(given)
     }

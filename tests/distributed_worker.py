@@ -1,30 +1,24 @@
-"""What runs in each rank of the tests of expert parallelism, and how a test starts the ranks."""
+"""What runs in each rank of the tests of expert parallelism."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import socket
-import tempfile
-import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from optimized.expert_parallel import clip_grad_norm_, optimizer_groups, parallelize, sync_gradients
+from optimized.expert_parallel.layer import groups_of
+from optimized.expert_parallel.pair_worker import part_of
 from reference import ModelConfig, Routing
 from reference.autograd import params_from_numpy
 from reference.autograd.transformer import LanguageModel, cross_entropy
@@ -32,73 +26,6 @@ from reference.config import MoEConfig
 from reference.proof.cases import Inputs
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def free_port() -> int:
-    """A port that nobody listens on at this moment."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def _rank_main(rank: int, world: int, port: int, program: Callable[..., Any], arguments: tuple, folder: str, timeout: float) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
-    try:
-        result = ("result", program(*arguments))
-    except BaseException as error:
-        result = ("error", f"{type(error).__name__}: {error}", traceback.format_exc())
-    torch.save(result, Path(folder, f"rank-{rank}"))
-    # Groups with a lost rank cannot be destroyed in good order; what matters has been written.
-    os._exit(0 if result[0] == "result" else 1)
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a rank ended: its exit code (negative: a signal; None: it had to be killed), what it returned, what it raised, after how long."""
-
-    exitcode: int | None
-    result: Any
-    error: str
-    trace: str
-    seconds: float
-
-
-def run_ranks(
-    world: int, program: Callable[..., Any], *arguments: Any, deadline: float, timeout: float = 60, hanging: tuple[int, ...] = ()
-) -> list[Ended]:
-    """Run program(*arguments) in `world` processes with a gloo group.
-
-    timeout: of a collective, in seconds;  deadline: of everything;  hanging: ranks that nobody waits for.
-    Never raises for what a rank does: how each ended is returned.
-    """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "torch.distributed.tensor", "torch.distributed.checkpoint", "torch._dynamo", "transformers"][:3]
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        port, began = free_port(), time.monotonic()
-        arguments_of = [(rank, world, port, program, arguments, folder, timeout) for rank in range(world)]
-        processes = [context.Process(target=_rank_main, args=given, daemon=True) for given in arguments_of]
-        for process in processes:
-            process.start()
-        seconds = [0.0] * world
-        while time.monotonic() - began < deadline and any(p.is_alive() for rank, p in enumerate(processes) if rank not in hanging):
-            time.sleep(0.02)
-            for rank, process in enumerate(processes):
-                seconds[rank] = time.monotonic() - began if process.is_alive() else seconds[rank]
-        return [_ended(process, Path(folder, f"rank-{rank}"), seconds[rank]) for rank, process in enumerate(processes)]
-
-
-def _ended(process: Any, file: Path, seconds: float) -> Ended:
-    killed = process.is_alive()
-    if killed:
-        process.kill()
-    process.join()
-    kind, *rest = torch.load(file, weights_only=False) if file.exists() else ("nothing", "")
-    result, error, trace = (rest[0], "", "") if kind == "result" else (None, rest[0], rest[1] if len(rest) > 1 else "")
-    return Ended(None if killed else process.exitcode, result, error, trace, seconds)
 
 
 @functools.cache
@@ -142,15 +69,6 @@ class Task:
         return np.array(SPREADS[self.spread](count, ranks), np.int64)[self.groups] if count else np.zeros(0, np.int64)
 
 
-def replay_of(routing: Routing | None, own_T: np.ndarray) -> Routing | None:
-    """The part of a routing that belongs to some tokens; the load stays that of all."""
-    if routing is None:
-        return None
-    draws = {name: draw[own_T] for name, draw in routing.draws.items()}
-    fields = {name: getattr(routing, name)[own_T] for name in ("expert", "gate", "keep", "logits", "scores")}
-    return Routing(**fields, load=routing.load, importance=routing.importance, draws=draws)
-
-
 def build(config: MoEConfig, params: dict, dtype: str, moe_class: Callable[..., nn.Module]) -> nn.Module:
     """The layer with these parameters."""
     moe = moe_class(config, dtype=DTYPES[dtype])
@@ -169,7 +87,7 @@ def layer_step(task: Task, dtype: str, moe_class: Callable[..., nn.Module], mesh
 
     "y", "dx", "loss", every gradient by its parameter's name, the integers of the routing, the gradients' "norm", and "after.NAME".
     """
-    ranks, rank = (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
+    ranks, rank = (1, 0) if mesh is None else (mesh.size(), place_in(mesh))
     own_T = np.flatnonzero(task.rank_of_token(ranks) == rank)
     moe = build(task.inputs.config, task.inputs.params, dtype, moe_class)
     if mesh is not None:
@@ -177,7 +95,7 @@ def layer_step(task: Task, dtype: str, moe_class: Callable[..., nn.Module], mesh
     moe.train(task.training)
     x_TD, dy_TD = (torch.from_numpy(array[own_T].copy()).to(DTYPES[dtype]) for array in (task.inputs.x, task.inputs.dy))
     x_TD.requires_grad_()
-    replay = replay_of(task.replay, own_T)
+    replay = part_of(task.replay, own_T)
     group_ids, token_ids, pad_mask = (torch.from_numpy(array[own_T]) for array in (task.groups, task.ids, task.inputs.pad_mask))
     y_TD, aux = moe(x_TD, group_ids=group_ids, token_ids=token_ids, pad_mask=pad_mask, replay=replay)
     # The objective is the mean over ranks; the parts of the task's sum must therefore be R times as large.
@@ -192,8 +110,15 @@ def layer_step(task: Task, dtype: str, moe_class: Callable[..., nn.Module], mesh
     optimizer.step()
     moe.update_bias(aux.routing.load)
     outputs |= {f"after.{name}": tensor for name, tensor in moe.state_dict().items()}
-    arrays = {name: array_of(tensor) for name, tensor in outputs.items()}
-    return arrays if mesh is None else _gathered(arrays, own_T, [name for name, t in outputs.items() if isinstance(t, DTensor)], mesh)
+    whole = mesh is not None and mesh.ndim > 1  # where widths are cut too, rows of ranks are no rows of the stack
+    arrays = {name: full(t) if whole and isinstance(t, DTensor) else array_of(t) for name, t in outputs.items()}
+    stacks = [] if whole else [name for name, t in outputs.items() if isinstance(t, DTensor)]
+    return arrays if mesh is None else _gathered(arrays, own_T, stacks, moe)
+
+
+def place_in(mesh: DeviceMesh) -> int:
+    """This process's number in a mesh of any dimensions, the last one running fastest."""
+    return int((mesh.mesh == dist.get_rank()).flatten().nonzero().item())
 
 
 def array_of(tensor: Tensor) -> np.ndarray:
@@ -202,10 +127,10 @@ def array_of(tensor: Tensor) -> np.ndarray:
     return (local.double() if local.is_floating_point() else local).numpy().copy()
 
 
-def _gathered(arrays: dict[str, np.ndarray], own_T: np.ndarray, stacks: Sequence[str], mesh: DeviceMesh) -> dict[str, np.ndarray]:
+def _gathered(arrays: dict[str, np.ndarray], own_T: np.ndarray, stacks: Sequence[str], moe: nn.Module) -> dict[str, np.ndarray]:
     """Every rank's tokens in their places, and every rank's experts in a row."""
-    parts: list[Any] = [None] * mesh.size()
-    dist.all_gather_object(parts, (own_T, arrays), group=mesh.get_group())
+    (transport, *_) = groups_of(moe)
+    parts = transport.gather_objects((own_T, arrays), "gathering results")
     whole = {**arrays, **{name: np.concatenate([theirs[name] for _, theirs in parts]) for name in stacks}}
     for name in ("y", "dx", "expert", "keep"):
         whole[name] = np.zeros((sum(len(places) for places, _ in parts), *arrays[name].shape[1:]), arrays[name].dtype)
@@ -233,22 +158,27 @@ def counted_traffic() -> Iterator[list[tuple[int, ...]]]:
 
 def lm_steps(
     config: ModelConfig, windows: np.ndarray, mesh: DeviceMesh | None, *,
-    accumulation: int = 1, checkpointing: bool = False, fsdp: bool = False, steps: int = 2,
+    accumulation: int = 1, checkpointing: bool = False, fsdp: bool = False, ddp: bool = False, compiled: str = "", steps: int = 2,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Some optimizer steps of a language model on windows [steps, B, S + 1]; what the parameters and the norms are afterwards.
 
-    mesh: None for one process, or a mesh with the dimensions "dp" and "ep", over which the sequences of a batch are spread.
+    mesh: None for one process, or a mesh with the dimensions "dp", "ep" and perhaps "etp", over which the sequences of a batch are spread.
+    compiled: backend of torch.compile, "" for none.
     """
     torch.manual_seed(5)
     model = LanguageModel(config, dtype=torch.float64)
     ranks, rank = (1, 0) if mesh is None else (mesh.size(), dist.get_rank())
     if mesh is not None:
-        parallelize(model, mesh["ep"], data=mesh["dp"] if mesh["dp"].size() > 1 else None)
+        experts = mesh["ep", "etp"] if "etp" in (mesh.mesh_dim_names or ()) else mesh["ep"]
+        parallelize(model, experts, data=mesh["dp"] if mesh["dp"].size() > 1 else None)
     if fsdp:
         for block in model.layers:
             fully_shard(block, mesh=mesh["dp"])
         fully_shard(model, mesh=mesh["dp"])
     model.activation_checkpointing = checkpointing
+    run: nn.Module = nn.parallel.DistributedDataParallel(model) if ddp else model
+    if compiled:
+        run = torch.compile(run, backend=compiled)  # type: ignore[assignment]
     optimizer = torch.optim.AdamW(optimizer_groups(model), lr=1e-2, eps=1e-3)
     outputs: dict[str, np.ndarray] = {}
     for step in range(steps):
@@ -256,7 +186,7 @@ def lm_steps(
         optimizer.zero_grad()
         for micro in np.split(windows[step], accumulation):
             tokens = torch.from_numpy(np.split(micro, ranks)[rank])
-            logits_BSV, aux = model(tokens[:, :-1])
+            logits_BSV, aux = run(tokens[:, :-1])
             ((cross_entropy(logits_BSV, tokens[:, 1:]) + aux.loss) / accumulation).backward()
             for layer, routing in aux.routing.items():
                 load[layer] = load.get(layer, 0) + routing.load

@@ -20,14 +20,14 @@ from triton.runtime import interpreter
 from optimized.kernels import is_interpreting
 
 INTERPRETED = is_interpreting()
-DEVICE = "cpu" if INTERPRETED else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Launch:
     """One launch: whose memory it may touch, and what it touched, as (program, addresses of elements)."""
 
-    def __init__(self, kernel: str, tensors: list[torch.Tensor]) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: str, tensors: list[torch.Tensor], halt: bool) -> None:
+        self.kernel, self.halt = kernel, halt
         self.extents = [(t.data_ptr(), t.data_ptr() + _reach(t) * t.element_size()) for t in tensors if t.numel()]
         self.reads: list[tuple[int, NDArray[np.uint64]]] = []
         self.writes: list[tuple[int, NDArray[np.uint64]]] = []
@@ -39,6 +39,8 @@ class Launch:
             inside |= (address >= first) & (address + np.uint64(size) <= end)
         if not inside.all():
             self.errors.append(f"{self.kernel}, program {program}: {kind} of {np.count_nonzero(~inside)} elements out of bounds")
+            if self.halt:
+                raise AssertionError(self.errors[-1])
         if kind == "write" and len(np.unique(address)) < len(address):
             self.errors.append(f"{self.kernel}, program {program}: two lanes write one element")
         (self.writes if kind == "write" else self.reads).append((program, address))
@@ -75,8 +77,11 @@ def _addresses(pointers: Any, mask: Any) -> tuple[NDArray[np.uint64], int]:
 
 
 @contextmanager
-def watched() -> Iterator[list[Launch]]:
-    """Inside the block every access of every launch is recorded; an access that must not be raises AssertionError when the block ends."""
+def watched(*, halt: bool = False) -> Iterator[list[Launch]]:
+    """Inside the block every access of every launch is recorded; an access that must not be raises AssertionError when the block ends.
+
+    halt: one out of bounds raises at once, before it is made; what a kernel does after it is nobody's to say.
+    """
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     stock_load, stock_store, stock_call, stock_place = (
         builder.create_masked_load, builder.create_masked_store, executor.__call__, builder.set_grid_idx
@@ -99,7 +104,7 @@ def watched() -> Iterator[list[Launch]]:
 
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
         tensors = [value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor)]
-        launches.append(Launch(self.fn.__name__, tensors))
+        launches.append(Launch(self.fn.__name__, tensors, halt))
         return stock_call(self, *arguments, **named)
 
     builder.create_masked_load, builder.create_masked_store, executor.__call__, builder.set_grid_idx = load, store, call, place

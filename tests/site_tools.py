@@ -11,8 +11,12 @@ sys.path.insert(0, str(REPOSITORY / "docs/tools"))
 # isort: off
 import build
 import figures
+import layout
+import measured
+import plots
+import pictures
 import render
 import sources
 import tables
 
-__all__ = ["build", "figures", "render", "sources", "tables"]
+__all__ = ["build", "figures", "layout", "measured", "pictures", "plots", "render", "sources", "tables"]

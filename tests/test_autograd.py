@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from tracer import traced
 
 import reference
-from reference import balancing, capacity, choices, experts, gating, noise, scores, shared
+from reference import balancing, capacity, choices, experts, gating, noise, scores, shared, zero_computation
 from reference.autograd import MoE, Routing, apply_experts, params_from_numpy, params_to_numpy, route, routing_from_numpy, routing_to_numpy
 from reference.autograd import balancing as torch_balancing
 from reference.autograd import capacity as torch_capacity
@@ -25,7 +25,8 @@ from reference.autograd import experts as torch_experts
 from reference.autograd import gating as torch_gating
 from reference.autograd import noise as torch_noise
 from reference.autograd import scores as torch_scores
-from reference.autograd.conversion import array_of
+from reference.autograd import zero_computation as torch_zero_computation
+from reference.autograd.conversion import ARRAYS, array_of
 from reference.autograd.tokens import Draws, token_info
 from reference.config import BalanceConfig, CapacityConfig, ExpertsConfig, GatingConfig, MoEConfig, ScoresConfig
 from reference.proof.cases import CASES, Case, draw
@@ -92,7 +93,8 @@ CONFIGS = {**configs.CONFIGS, **{f"mixed-{number}": mixed_config(number) for num
 
 def draws_something(config: MoEConfig) -> bool:
     rules = (config.scores.noise, config.scores.logit_noise, config.gating.choice, config.gating.second_choice)
-    return not {"jitter", "learned", "gumbel", "random"}.isdisjoint((*rules, config.capacity.order, config.capacity.recycle))
+    drawn = not {"jitter", "learned", "gumbel", "random"}.isdisjoint((*rules, config.capacity.order, config.capacity.recycle))
+    return drawn or config.experts.dropout > 0
 
 
 def plain_config(**parts) -> MoEConfig:
@@ -126,8 +128,11 @@ def assert_same(name: str, found: Tensor | None, wanted: np.ndarray | float) -> 
 
 
 def assert_same_routing(found: Routing, wanted: reference.Routing) -> None:
-    for name in Routing._fields[:-1]:
+    for name in ARRAYS:
         assert_same(name, getattr(found, name), getattr(wanted, name))
+    assert (found.mix is None) == (wanted.mix is None)
+    for name in () if found.mix is None else ("dispatch", "combine", "group"):
+        assert_same(name, getattr(found.mix, name), getattr(wanted.mix, name))
     assert found.draws.keys() == wanted.draws.keys()
 
 
@@ -147,6 +152,11 @@ def test_tables_have_the_same_rows_and_the_configs_use_them_all(where: str) -> N
     numpy_table, torch_table = TABLES[where]
     part, field = where.split(".")
     assert set(numpy_table) == set(torch_table) == {getattr(getattr(config, part), field) for config in CONFIGS.values()}
+
+
+def test_zero_computation_experts_are_the_same_and_all_used() -> None:
+    used = {kind for config in CONFIGS.values() for kind, _ in config.experts.zero_computation}
+    assert set(zero_computation.KINDS) == set(torch_zero_computation.KINDS) == used
 
 
 def test_losses_are_the_same_and_all_used() -> None:

@@ -15,7 +15,7 @@ from conftest import needs_tool
 from torch.utils.flop_counter import FlopCounterMode
 
 from optimized import cli, contracts
-from optimized.benchmarks import gate, limits, measure, shapes, verdicts
+from optimized.benchmarks import gate, journal, limits, measure, memory, shapes, verdicts
 from optimized.benchmarks.peers import OURS, RIVAL, Peer, Runnable, everybody
 from optimized.benchmarks.shapes import LIMIT, MODES, PEER, Shape, problem, weights
 from optimized.benchmarks.timing import Candidate, Spread, interleave, ratio
@@ -142,7 +142,7 @@ def test_everybody_computes_the_same(mode: str, dtype: torch.dtype) -> None:
     needs_tool("transformers")
     given = tiny(dtype=dtype)
     ready, out = measure.build(given, mode, gate.truth(given), everybody())
-    assert not {name: why for name, why in out.items() if name != f"{OURS} native"}  # which a machine without a compiler has not
+    assert not {name: why for name, why in out.items() if why != f"it is what {OURS} runs"}
     assert {OURS, RIVAL, "GShard einsum", "loop over experts", "reference.autograd"} <= set(ready)
 
 
@@ -173,8 +173,8 @@ def test_saved_bytes_counts_storages_once() -> None:
         once = x * 2.0  # not saved by its own multiplication, which keeps no tensor
         return once.sin() + (once[1:] * once[:-1]).sum()
 
-    assert measure.saved_bytes(given, Runnable(call, (given.up,), (given.down,))) == width
-    assert measure.saved_bytes(given, Runnable(lambda: x @ given.up[0].T, (given.up,), (given.down,))) == 0
+    assert memory.saved_bytes(given, Runnable(call, (given.up,), (given.down,))) == width
+    assert memory.saved_bytes(given, Runnable(lambda: x @ given.up[0].T, (given.up,), (given.down,))) == 0
 
 
 # ---- the command
@@ -184,7 +184,8 @@ SMALL = ["--shape", "tiny", "--dtypes", "float32", "--tokens", "8", "--seconds",
 
 
 @pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
+def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # the command keeps what is finished in runs/
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
     monkeypatch.setattr(gate, "CASES", ("few-tokens",))
 
@@ -226,7 +227,7 @@ def test_no_number_where_ours_is_wrong(
     few: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = [Peer(OURS, louder(1.02), lambda given, mode: None, ours=True)]
-    monkeypatch.setattr(measure.run, "__kwdefaults__", {"peers": lambda: wrong})
+    monkeypatch.setattr(measure.run, "__kwdefaults__", {**measure.run.__kwdefaults__, "peers": lambda: wrong})
     path = tmp_path / "bench.json"
     assert cli.run(["bench", *SMALL, "--json", str(path)]) == cli.NOT_GOOD
     data = json.loads(path.read_text())
@@ -296,11 +297,99 @@ def test_verdicts_on_costs() -> None:
     assert words == ["reached", "reached", "missed", "far under"]
 
 
+def counted(calls: list[int]) -> list[Peer]:
+    """Ours, which counts how often it is built, and one peer."""
+
+    def build(given: shapes.Problem) -> Runnable:
+        calls.append(given.tokens)
+        return louder(1.0)(given)
+
+    return [Peer(OURS, build, lambda given, mode: None, ours=True), Peer(RIVAL, louder(1.0), lambda given, mode: None)]
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(few: None, tmp_path: Path) -> None:
+    plan = measure.Plan(shapes=("tiny",), tokens=(8, 9), dtypes=("float32",), modes=MODES[:1], seconds=0.01, sweeps=False)
+    keep, calls = tmp_path / "kept.jsonl", []
+
+    def stop(what: str, done: int | None = None, /) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure.run(plan, stop, peers=lambda: counted(calls), keep=keep)
+    assert calls == [8]
+    keep.write_text(keep.read_text() + '{"key": "tiny; float32; 9')  # a last line that was cut off is not believed
+    found = measure.run(plan, peers=lambda: counted(calls), keep=keep, resume=True)["measurements"]
+    assert calls == [8, 9] and [m["tokens"] for m in found] == [8, 9]
+    assert all(isinstance(row["milliseconds"], Spread) for m in found for row in m["candidates"])
+    again = measure.run(plan, peers=lambda: counted(calls), keep=keep, resume=True)["measurements"]
+    assert calls == [8, 9] and again == found
+    other = dataclasses.replace(plan, seconds=0.02)
+    measure.run(other, peers=lambda: counted(calls), keep=keep, resume=True)
+    assert calls == [8, 9, 8, 9]
+    measure.run(other, peers=lambda: counted(calls), keep=keep)
+    assert calls == [8, 9, 8, 9, 8, 9]
+
+
+def test_numbers_of_other_code_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "ROOT", tmp_path)
+    source = tmp_path / "optimized" / "native" / "moe.c"
+    source.parent.mkdir(parents=True)
+    source.write_text("one")
+    first = journal.fingerprint()
+    assert journal.fingerprint() == first
+    source.write_text("two")
+    assert journal.fingerprint() != first
+
+
+def test_a_peer_that_was_far_behind_is_left_out_with_many_tokens(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "MANY_TOKENS", 9)
+
+    def waiting(given: shapes.Problem) -> Runnable:
+        inner = louder(1.0)(given)
+        return inner._replace(call=lambda: [inner.call() for _ in range(30)].pop())
+
+    never = lambda given, mode: None  # noqa: E731
+    peers = [Peer(OURS, louder(1.0), never, ours=True), Peer(RIVAL, louder(1.0), never), Peer("slow", waiting, never)]
+    plan = measure.Plan(shapes=("tiny",), tokens=(8, 9), dtypes=("float32",), modes=MODES[:1], seconds=0.05, sweeps=False)
+    few_tokens, many = measure.run(plan, peers=lambda: peers)["measurements"]
+    assert not few_tokens["left_out"] and "the time of the best peer at T = 8" in many["left_out"]["slow"]
+    assert [row["name"] for row in many["candidates"]] == [OURS, RIVAL]
+
+
+def test_the_sweeps_say_what_they_vary(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "EXPERT_COUNTS", {f"{count} experts": Shape("", 8, 8, count, 2) for count in (4, 8)})
+    monkeypatch.setitem(shapes.SHAPES, "deepseek-mini", TINY)
+    monkeypatch.setattr(measure, "BATCHES", (1, 2, 16))
+    plan = measure.Plan(shapes=("tiny",), tokens=(8,), dtypes=("float32",), modes=MODES[:1], seconds=0.01)
+    sweeps = {sweep["sweep"]: sweep["rows"] for sweep in measure.run(plan)["sweeps"]}
+    assert set(sweeps) == {"experts", "load", "batch"} == {name for name, _ in plan.swept}
+    own = {name: [row for row in rows if row["name"] == OURS] for name, rows in sweeps.items()}
+    assert [row["at"] for row in own["experts"]] == ["4 experts", "8 experts"] and own["experts"][0]["times_first"].median == 1
+    assert [row["at"] for row in own["load"]] == list(shapes.LOADS)
+    batch = own["batch"]
+    assert [row["tokens"] for row in batch] == [1, 2, 16] and batch[0]["touched_experts"] == 2 and batch[-1]["touched_experts"] == 6
+    assert all(row["touched_bytes"] == row["touched_experts"] * TINY.expert_elements * 4 for row in batch)
+
+
+@pytest.mark.skipif(not memory.RESET.exists(), reason="only Linux says how much a process has grown")
+def test_the_peak_of_a_step_is_what_it_had_at_once() -> None:
+    size = 64 << 20
+
+    def step() -> None:
+        for _ in range(3):  # one after the other: they are never there together
+            torch.ones(size // 4)
+
+    peak = memory.peak_bytes(step)
+    assert peak is not None and 0.95 * size <= peak < 1.5 * size  # a few pages were there already
+    assert (memory.peak_bytes(lambda: None) or 0) < size // 4
+
+
 @pytest.mark.parametrize("arguments, rival, code", [([], 1.1, cli.GOOD), (["--strict"], 1.1, cli.NOT_GOOD), ([], 0.5, cli.NOT_GOOD)])
 def test_exit_code_of_planted_numbers(monkeypatch: pytest.MonkeyPatch, arguments: list[str], rival: float, code: int) -> None:
     data = {"gate": {"green": True, "broken": []}, "measurements": [planted(fraction=0.96, rival=rival)], "sweeps": [], "seconds": 1.0}
     data |= {"load_average": {"before": [0.1], "after": [0.1]}, "machine": {"processor": "a processor"}}
-    monkeypatch.setattr(measure, "run", lambda plan, tell: data)
+    monkeypatch.setattr(measure, "run", lambda plan, tell, **options: data)
     assert cli.run(["bench", "--quick", *arguments]) == code
 
 

@@ -22,13 +22,13 @@ from reference.proof.cases import CASES, Case, get
 
 CPU = torch.device("cpu")
 FEW_CASES = ("few-tokens", "empty-experts", "drops", "gelu-bias", "swiglu-bias")
-DTYPES = ("float64", "float32", "bfloat16", "float16")  # tf32 is a mode of GPU kernels, proven with them
+DTYPES = ("float64", "float32", "tf32", "bfloat16", "float16")
 
 
 def runs_here(promise: Contract, dtype: str) -> bool:
     """Whether the contract's backend can run on this machine's CPU in this dtype."""
-    config = CASES[0].config()
-    return promise.backend == backends.AUTO or backends.why_not(promise.backend, CPU, getattr(torch, dtype), config) is None
+    config, kind = CASES[0].config(), torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    return promise.backend == backends.AUTO or backends.why_not(promise.backend, CPU, kind, config) is None
 
 
 def cases_of(promise: Contract, dtype: str) -> tuple[Case, ...]:
@@ -56,7 +56,10 @@ def test_contracts_are_kept(promise: Contract, dtype: str, case: Case) -> None:
 
 def test_something_is_kept_here() -> None:
     kept = {(parameters.values[0].name, parameters.values[1]) for parameters in KEPT_HERE}
-    assert {("optimized.torch_backend.apply_experts", dtype) for dtype in DTYPES} <= kept
+    assert {("optimized.torch_backend.apply_experts", dtype) for dtype in DTYPES if dtype != "tf32"} <= kept
+    assert proofs.PROOFS.keys() >= {promise.equals for promise in CONTRACTS.values()}, "a promise that nothing proves"
+    if runs_here(CONTRACTS["optimized.triton_backend.route"], "float32"):
+        assert {("optimized.triton_backend.route", "bfloat16"), ("optimized.triton_backend.apply_experts", "tf32")} <= kept
     assert ("optimized.layer.apply_experts", "bfloat16") in kept
 
 

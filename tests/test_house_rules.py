@@ -18,10 +18,14 @@ TORCH_SIDE = ("reference/autograd/**/*.py", "reference/experiments/**/*.py")
 FAST_TRACK = ("optimized/**/*.py",)
 RECIPES = ("reference/architectures/[!_]*.py",)
 TEXT = [f"{room}/**/*{end}" for room in ("reference", "optimized", "tests", "notebooks", "docs") for end in (".py", ".md", ".ipynb", ".js")]
-TOP_LEVEL_TEXT = ["README.md", "Makefile", "mkdocs.yml", "pyproject.toml", "constraints.txt", ".ci/run"]
+TOP_LEVEL_TEXT = [
+    "README.md", "Makefile", "mkdocs.yml", "pyproject.toml", "constraints.txt", "constraints-triton39.txt", ".ci/run", ".ci/second-triton",
+]  # fmt: skip
 
 # Paths of somebody's machine, and talk about how the work was done. [s] keeps a pattern from matching this file.
-FOREIGN = re.compile(r"(?<![\w.])/(?:[w]ork|[r]oot|[f]arm)/|(?<!scope=\")\b[s]essions?\b|[s]ub-?agent|\b[a]s an AI\b", re.IGNORECASE)
+FOREIGN = re.compile(
+    r"(?<![\w.])/(?:[w]ork|[r]oot|[f]arm)/|(?<!scope=\")(?<!sanitize\.)\b[s]essions?\b|[s]ub-?agent|\b[a]s an AI\b", re.IGNORECASE
+)
 
 Rule = Callable[[str, str], Iterator[str]]
 

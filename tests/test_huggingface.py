@@ -421,6 +421,37 @@ def test_autocast_computes_in_its_dtype() -> None:
     assert 1e-4 < (rounded - exact).norm() / exact.norm() < 2e-2
 
 
+@pytest.mark.parametrize("name, whole", [("mixtral", True), ("gpt_oss", False), ("nemotron_h", True)])
+def test_compiles(name: str, whole: bool) -> None:
+    """Without a graph break where the activation is recognised and no columns alternate."""
+    module = build(*next(row for row in ZOO if row[0] == name))
+    module.config._experts_implementation = "moebius"
+    x, expert, gate, _ = inputs(64, EXPERTS, torch.float32)
+    expected = module(x, expert, gate)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=whole, backend="aot_eager")
+    leaf = x.detach().clone().requires_grad_()
+    found = compiled(leaf, expert, gate)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert leaf.grad is not None and all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_a_compiled_program_is_not_used_for_other_experts() -> None:
+    """Its plan is a constant of the program, which another module of the same class and sizes may not share."""
+    first = build(*next(row for row in ZOO if row[0] == "mixtral"))
+    first.config._experts_implementation = "moebius"
+    second, third = copy.deepcopy(first), copy.deepcopy(first)
+    second.act_fn = nn.GELU()
+    x, expert, gate, _ = inputs(64, EXPERTS, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda module: module(x, expert, gate), fullgraph=True, backend="aot_eager")
+    outputs = [compiled(module) for module in (first, second, third, first)]
+    for module, output in zip((first, second, third, first), outputs, strict=True):
+        assert torch.equal(output, module(x, expert, gate))
+    assert not torch.equal(outputs[0], outputs[1])
+
+
 def test_a_model_without_experts_has_nothing_to_explain() -> None:
     with pytest.raises(ValueError, match="Linear holds no experts module"):
         huggingface.explain(nn.Linear(2, 2))

@@ -136,6 +136,6 @@ def test_every_bfloat16_is_read_and_rounded_as_pytorch_does() -> None:
 def test_tf32_keeps_ten_bits() -> None:
     from optimized.kernels.interpreter import tf32_of
 
-    values = np.array([1.0, 1 + 2.0**-10, 1 + 2.0**-11, 1 + 2.0**-12, -1 - 2.0**-11, np.inf, 0.0], np.float32)
-    expected = np.array([1.0, 1 + 2.0**-10, 1 + 2.0**-10, 1.0, -1 - 2.0**-10, np.inf, 0.0], np.float32)
+    values = np.array([1.0, 1 + 2.0**-10, 1 + 2.0**-11, 1 + 1.9 * 2.0**-10, -1 - 2.0**-11, np.inf, 0.0], np.float32)
+    expected = np.array([1.0, 1 + 2.0**-10, 1.0, 1 + 2.0**-10, -1.0, np.inf, 0.0], np.float32)
     np.testing.assert_array_equal(tf32_of(values), expected)

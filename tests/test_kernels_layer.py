@@ -17,6 +17,7 @@ from kernel_checks import DEVICE, INTERPRETED
 from optimized import MoE, backends, triton_backend
 from optimized.contracts import CONTRACTS
 from optimized.kernels import launch
+from optimized.kernels.interpreter import tf32_of
 from optimized.proofs import experts_outputs, prove
 from optimized.yardstick import farthest
 from reference import presets
@@ -65,11 +66,11 @@ def test_large_cases(case: Case, dtype: str) -> None:
 
 @pytest.mark.parametrize("name", ["off-tile-widths", "drops", "gelu-bias"])
 def test_tf32(name: str) -> None:
-    """Allowed by torch's switch; the yardstick is the reference on operands rounded to tf32."""
+    """Allowed by torch's switch; the yardstick is the reference on operands cut to tf32, as a tensor core cuts them."""
     inputs = draw(get(name)).rounded(partial(round_to, dtype="float32"))
 
     def eager(turned: Any, _: Any) -> Outputs:
-        return experts_outputs(eager_apply_experts, turned.rounded(partial(round_to, dtype="tf32")), "float32")
+        return experts_outputs(eager_apply_experts, turned.rounded(lambda array: tf32_of(array).astype(np.float64)), "float32")
 
     plain = launch.precision_of(torch.float32)
     torch.set_float32_matmul_precision("high")
@@ -172,7 +173,8 @@ def test_the_router_of_every_preset(name: str) -> None:
     if config.gating.correction_bias:
         layer.get_buffer("router.correction_bias").normal_(0, 0.05)
     x_TD, pad_T = torch.randn(40, config.d_model, device=DEVICE), torch.arange(40, device=DEVICE) % 7 == 0
-    tokens = token_info(x_TD.shape[:1], None, torch.arange(40, device=DEVICE) // 20, pad_T, device=x_TD.device)
+    ids_T, group_T = torch.arange(40, device=DEVICE) * 5, torch.arange(40, device=DEVICE) // 20
+    tokens = token_info(x_TD.shape[:1], ids_T, group_T, pad_T, device=x_TD.device)
     draws = route_forward(x_TD, layer.tensors(), config, tokens, training=True)[0]
     for replay in (None, draws):
         found, expected = [], []

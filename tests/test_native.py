@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from optimized import MoE, backends, native_backend, proofs
+from optimized import MoE, backends, native_backend, operators, proofs
 from optimized.contracts import CONTRACTS
 from optimized.native import packing
 from optimized.native.build import FLAGS, cpu_features, library_path
@@ -298,6 +300,33 @@ def test_the_operator_is_a_good_citizen(config: MoEConfig) -> None:
     ]
     arguments = (x.requires_grad_(), routing.expert, routing.gate.requires_grad_(), routing.keep, *weights, "swiglu", True)
     torch.library.opcheck(native_backend.OPERATOR, arguments)
+
+
+def test_without_gradients_the_dispatcher_is_passed_by_unless_somebody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = layer(SMALL)
+    x, routing = drawn(SMALL, 12, torch.float32)
+    direct, seen = [], []
+
+    def count(*arguments: object) -> tuple[Tensor, ...]:
+        direct.append(arguments)
+        return native_backend.experts_forward(*arguments)  # type: ignore[arg-type]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setitem(operators._PLAIN, native_backend.OPERATOR, count)
+    with torch.no_grad():
+        y = moe.apply_experts(x, routing)
+        assert len(direct) == 1
+        with Watch():
+            assert torch.equal(moe.apply_experts(x, routing), y)
+        assert any("native_experts" in name for name in seen)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert moe.apply_experts(mode.from_tensor(x), routing).shape == y.shape
+    trained = moe.apply_experts(x, routing)
+    assert len(direct) == 1 and trained.requires_grad and torch.equal(trained, y)
 
 
 def test_compiles_without_a_graph_break() -> None:

@@ -14,106 +14,11 @@ from conftest import REPOSITORY
 
 pytest.importorskip("nbclient")
 
-from notebooks import build, checks
-from reference.proof.museum_capacity import second_choices_from_zero
-from reference.proof.museum_gates import unstable_top_k
+from notebook_answers import EXERCISE_OF, SOURCES, WRONG, of_source, raises_the_busy, token_after_token, without_the_zero
 
-SOURCES = {source.name[:2]: source for source in build.sources()}
+from notebooks import build, checks, exercises, plots
+
 BUILT = [(number, variant) for number in SOURCES for variant in build.VARIANTS]
-EXERCISE_OF = {"01": ("keep", "keep"), "02": ("gates", "gates_of_v3"), "03": ("router_backward", "router_backward")}
-"""Notebook → the exercise and the name of the learner's function."""
-
-
-def of_source(number: str, tag: str) -> Callable:
-    """The function in a source's cell of this tag, defined as the notebook would define it."""
-    cells = build.parse(SOURCES[number].read_text(encoding="utf-8"))
-    imports = next(cell.text for cell in cells if cell.tag == "")
-    names: dict = {}
-    exec("\n".join(line for line in imports.splitlines() if line.startswith(("import ", "from "))), names)
-    exec(next(cell.text for cell in cells if cell.tag == tag), names)
-    return names[EXERCISE_OF[number][1]]
-
-
-def token_after_token(expert_TK: np.ndarray, experts: int, capacity: int) -> np.ndarray:
-    keep_TK, accepted = np.zeros(expert_TK.shape, bool), [0] * experts
-    for token, slot in np.ndindex(expert_TK.shape):
-        keep_TK[token, slot] = accepted[expert_TK[token, slot]] < capacity
-        accepted[expert_TK[token, slot]] += 1
-    return keep_TK
-
-
-def one_too_many(expert_TK: np.ndarray, experts: int, capacity: int) -> np.ndarray:
-    keep_TK, accepted = np.zeros(expert_TK.shape, bool), [0] * experts
-    for slot, token in np.ndindex(expert_TK.T.shape):
-        keep_TK[token, slot] = accepted[expert_TK[token, slot]] <= capacity
-        accepted[expert_TK[token, slot]] += 1
-    return keep_TK
-
-
-def each_choice_by_itself(expert_TK: np.ndarray, experts: int, capacity: int) -> np.ndarray:
-    return second_choices_from_zero(expert_TK, capacity)
-
-
-def weighed_by_biased_scores(scores_TE: np.ndarray, bias_E: np.ndarray, count: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    biased_TE = scores_TE + bias_E
-    expert_TK = np.argsort(-biased_TE, axis=1, kind="stable")[:, :count]
-    chosen_TK = np.take_along_axis(biased_TE, expert_TK, axis=1)
-    return expert_TK, scale * chosen_TK / chosen_TK.sum(1, keepdims=True)
-
-
-def scaled_before_the_sum(scores_TE: np.ndarray, bias_E: np.ndarray, count: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    expert_TK = np.argsort(-(scores_TE + bias_E), axis=1, kind="stable")[:, :count]
-    chosen_TK = scale * np.take_along_axis(scores_TE, expert_TK, axis=1)
-    return expert_TK, chosen_TK / chosen_TK.sum(1, keepdims=True)
-
-
-def reversed_sort(scores_TE: np.ndarray, bias_E: np.ndarray, count: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    expert_TK = unstable_top_k(scores_TE + bias_E, count)
-    chosen_TK = np.take_along_axis(scores_TE, expert_TK, axis=1)
-    return expert_TK, scale * chosen_TK / chosen_TK.sum(1, keepdims=True)
-
-
-def softmax_of(logits_TE: np.ndarray) -> np.ndarray:
-    exp_TE = np.exp(logits_TE)
-    return exp_TE / exp_TE.sum(1, keepdims=True)
-
-
-def dscores_of(dgate_TK: np.ndarray, scores_TE: np.ndarray, expert_TK: np.ndarray) -> np.ndarray:
-    chosen_TK = np.take_along_axis(scores_TE, expert_TK, axis=1)
-    total = chosen_TK.sum(1, keepdims=True)
-    dscores_TE = np.zeros_like(scores_TE)
-    np.put_along_axis(dscores_TE, expert_TK, (dgate_TK - (dgate_TK * chosen_TK / total).sum(1, keepdims=True)) / total, axis=1)
-    return dscores_TE
-
-
-def sum_is_a_constant(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np.ndarray) -> np.ndarray:
-    scores_TE = softmax_of(logits_TE)
-    total = np.take_along_axis(scores_TE, expert_TK, axis=1).sum(1, keepdims=True)
-    dscores_TE = np.zeros_like(scores_TE)
-    np.put_along_axis(dscores_TE, expert_TK, dgate_TK / total, axis=1)
-    return scores_TE * (dscores_TE - (dscores_TE * scores_TE).sum(1, keepdims=True))
-
-
-def stops_at_the_scores(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np.ndarray) -> np.ndarray:
-    return dscores_of(dgate_TK, softmax_of(logits_TE), expert_TK)
-
-
-def diagonal_only(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np.ndarray) -> np.ndarray:
-    scores_TE = softmax_of(logits_TE)
-    return dscores_of(dgate_TK, scores_TE, expert_TK) * scores_TE * (1 - scores_TE)
-
-
-WRONG = [
-    ("keep", token_after_token, "first choices come first"),
-    ("keep", one_too_many, "one assignment too many"),
-    ("keep", each_choice_by_itself, "starts again at 0"),
-    ("gates", weighed_by_biased_scores, "made of the biased scores"),
-    ("gates", scaled_before_the_sum, "scale has no effect"),
-    ("gates", reversed_sort, "Ties go to the highest id"),
-    ("router_backward", sum_is_a_constant, "taken for a constant"),
-    ("router_backward", stops_at_the_scores, "back through the softmax"),
-    ("router_backward", diagonal_only, "only the diagonal"),
-]
 
 
 @pytest.mark.parametrize("number, variant", BUILT)
@@ -165,7 +70,7 @@ def test_every_notebook_prints_what_is_committed() -> None:
 
 def test_every_notebook_has_one_exercise_and_every_exercise_a_notebook() -> None:
     assert list(EXERCISE_OF) == list(SOURCES)
-    assert {name for name, _ in EXERCISE_OF.values()} == set(checks.EXERCISES)
+    assert {name for name, _ in EXERCISE_OF.values()} == set(exercises.NAMES)
 
 
 @pytest.mark.parametrize("number", SOURCES)
@@ -185,12 +90,12 @@ def test_plausible_wrong_answer_is_told_what_is_wrong(name: str, answer: Callabl
 
 
 def test_every_exercise_rejects_three_wrong_answers() -> None:
-    assert all(sum(name == exercise for name, _, _ in WRONG) >= 3 for exercise in checks.EXERCISES)
+    assert all(sum(name == exercise for name, _, _ in WRONG) >= 3 for exercise in exercises.NAMES)
 
 
-@pytest.mark.parametrize("name", checks.EXERCISES)
+@pytest.mark.parametrize("name", exercises.NAMES)
 def test_every_known_mistake_is_wrong_and_recognised(name: str) -> None:
-    for mistake in checks.EXERCISES[name].mistakes:
+    for mistake in exercises.get(name).mistakes:
         finding = checks.examine(name, mistake.function)
         assert not finding.passed and mistake.hint in finding.message
 
@@ -224,7 +129,7 @@ def test_answer_may_sum_in_its_own_order() -> None:
 
 
 def test_checker_refuses_what_it_does_not_know() -> None:
-    with pytest.raises(ValueError, match=r"no exercise 'kepe'; known: keep"):
+    with pytest.raises(ValueError, match=r"no exercise 'kepe'; known: balance"):
         checks.examine("kepe", print)
     with pytest.raises(ValueError, match="takes the function itself"):
         checks.examine("keep", np.zeros(3))
@@ -249,6 +154,45 @@ def test_differences_see_code_prose_and_printed_text() -> None:
         assert len(build.differences(committed, altered)) == 1
     altered.cells.pop()
     assert build.differences(committed, altered)
+
+
+@pytest.mark.parametrize("name, answer, _", WRONG, ids=lambda value: getattr(value, "__name__", ""))
+def test_wrong_answer_is_drawn_beside_the_reference(name: str, answer: Callable, _: str) -> None:
+    difference = checks.examine(name, answer).difference
+    assert (difference is None) == (answer is without_the_zero)  # its shape is wrong
+    if difference is not None:
+        assert difference.yours.shape == difference.reference.shape
+        assert not np.array_equal(difference.yours, difference.reference)
+
+
+def test_check_prints_and_draws(capsys: pytest.CaptureFixture[str]) -> None:
+    plots.plt.close("all")
+    checks.check("keep", token_after_token)
+    assert capsys.readouterr().out.startswith("✗ keep: with")
+    assert repr(plots.plt.gcf()) == "picture: your keep · reference · where they differ"
+    plots.plt.close("all")
+    checks.check("bias_step", raises_the_busy)
+    assert repr(plots.plt.gcf()) == "picture: your bias beside the reference"
+    plots.plt.close("all")
+    checks.check("keep", of_source("01", "SOLUTION"))
+    assert not plots.plt.get_fignums()
+
+
+def test_first_cell_gets_what_the_header_asks_for() -> None:
+    plain = build.first_cell("# %%\n1\n")
+    assert '("numpy", "matplotlib")' in plain and "environ" not in plain
+    more = build.first_cell("# needs: torch, rich\n# environment: TRITON_INTERPRET=1\n# %%\n1\n")
+    assert '("numpy", "matplotlib", "torch", "rich")' in more
+    assert more.endswith('os.environ["TRITON_INTERPRET"] = "1"') and "import os\n" in more
+
+
+@pytest.mark.parametrize("number", SOURCES)
+def test_notebook_asks_for_predictions_and_is_no_longer_than_it_may_be(number: str) -> None:
+    notebook = build.read(build.target(SOURCES[number], "exercise"))
+    assert len(notebook.cells) <= build.MOST_CELLS
+    printing = sum(bool(output) for output in build.text_outputs(notebook))
+    predictions = "".join(build.prose(notebook)).count("**Predict.**")
+    assert predictions >= 0.6 * printing
 
 
 def test_first_cell_needs_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def test_source_names_a_paper_or_a_model_card(name):
 def test_tiny_keeps_the_router(name):
     full, tiny = presets.get(name), presets.tiny(name)
     assert (tiny.d_model, tiny.experts.width) == (16, 8) and tiny.experts.count <= 8
-    sizes = dict(top_k=full.gating.top_k, groups=full.gating.groups, top_groups=full.gating.top_groups)
+    sizes = dict(top_k=full.gating.top_k, groups=full.gating.groups, top_groups=full.gating.top_groups, vocabulary=full.gating.vocabulary)
     assert replace(tiny.gating, **sizes) == full.gating
     assert (tiny.scores, tiny.capacity, tiny.balance) == (full.scores, full.capacity, full.balance)
     assert tiny.experts.shared == full.experts.shared and tiny.experts.activation == full.experts.activation
@@ -61,7 +61,7 @@ def test_tiny_layer_runs_forward_and_backward(name, rng):
     config = presets.tiny(name)
     params = init_params(config, rng)
     x_TD = rng.standard_normal((12, config.d_model))
-    output, cache = moe_forward(x_TD, params, config, training=True, rng=rng)
+    output, cache = moe_forward(x_TD, params, config, training=True, rng=rng, token_ids=np.arange(12))
     assert output.y.shape == x_TD.shape and np.isfinite(output.y).all() and output.routing.load.sum() > 0
     assert set(output.losses) == {loss for loss, _ in config.balance.losses}
     dx_TD, dparams = moe_backward(rng.standard_normal(x_TD.shape), cache)
@@ -106,6 +106,19 @@ def test_mixtral_is_the_released_default():
     assert model.moe.gating.top_k == released.num_experts_per_tok
     assert (attention.heads, attention.kv_heads) == (released.num_attention_heads, released.num_key_value_heads)
     assert model.tied_embeddings == released.tie_word_embeddings
+
+
+def test_longcat_flash_is_the_released_default():
+    released, model = transformers.LongcatFlashConfig(), presets.model("longcat-flash")
+    experts, attention = model.moe.experts, model.attention
+    assert (model.d_model, model.layers, model.vocabulary) == (released.hidden_size, released.num_hidden_layers, released.vocab_size)
+    assert (experts.networks, experts.width) == (released.n_routed_experts, released.expert_ffn_hidden_size)
+    assert experts.zero_computation == (("copy", released.zero_expert_num),)
+    assert (model.moe.gating.top_k, model.moe.gating.scale) == (released.moe_topk, released.routed_scaling_factor)
+    assert (model.dense_width, attention.heads) == (released.ffn_hidden_size, released.num_attention_heads)
+    assert (attention.q_rank, attention.kv_rank) == (released.q_lora_rank, released.kv_lora_rank)
+    assert (attention.head_dim, attention.rope_dim) == (released.qk_nope_head_dim, released.qk_rope_head_dim)
+    assert attention.v_head_dim == released.v_head_dim
 
 
 def test_deepseek_v3_is_the_released_default():

@@ -163,7 +163,28 @@ MOVES: dict[str, tuple[str, str, int, dict[str, Any], Told]] = {
     "losses": ("chapters/losses/", "pull", 8, {"pull": 2.0}, lambda case: f"The loss is {case['losses']['right']:.3f}"),
     "bias": ("chapters/bias/", "skew", 2, {"skew": 1.5}, lambda case: f"MaxVio is {case['violation'][0]:.2f} at the first step"),
     "cost": ("chapters/why-sparse/", "right", 0, {}, lambda case: f"mixtral-8x7b stores {case['right']['total'] / 1e9:.1f}"),
+    "layer": (
+        "chapters/layer/",
+        "step",
+        6,
+        {"step": 6},
+        lambda case: f"added up: ({case['y'][0]:.3f}, {case['y'][1]:.3f}, {case['y'][2]:.3f}",
+    ),
+    "granularity": (
+        "chapters/fine-grained/",
+        "logCut",
+        2,
+        {"logCut": 2},
+        lambda case: "{chosen} of {routed} experts of width {narrow}".format(**case),
+    ),
     "lamp": ("chapters/equal/", "logAtol", -8, {"logAtol": -6.0}, lambda case: "all zeros" if case["zero"]["allclose"] else "no wrong one"),
+    "scrubber": (
+        "chapters/specialization/",
+        "checkpoint",
+        -3,
+        {"checkpoint": 4},
+        lambda case: f"MaxVio {case['violation']:.2f}.",
+    ),
 }
 STARTS = {
     "route": {"word": 2, "topK": 2, "factor": 1.0, "order": "choice_major"},
@@ -172,7 +193,10 @@ STARTS = {
     "losses": {"pull": 0.0, "topK": 2, "factor": 1.0},
     "bias": {"logRate": -2.0, "skew": 1.0, "steps": 160, "shift": "no"},
     "cost": {"left": "dense", "right": "mixtral-8x7b", "bytes": 2},
+    "layer": {"word": 2, "company": "batch", "step": 0},
+    "granularity": {"logCut": 0, "shared": 0, "tokens": 1024},
     "lamp": {"logSize": -3.0, "logAtol": -2.0, "rtol": 0.02},
+    "scrubber": {"checkpoint": 7, "layer": 1, "run": 0},
 }
 
 

@@ -6,10 +6,14 @@ import re
 
 import pytest
 from conftest import REPOSITORY
-from site_tools import build, figures, render, sources, tables
+from site_tools import build, figures, pictures, render, sources, tables
 
 from reference import notation, presets
+from reference.choices import CHOICES
+from reference.experts import ACTIVATIONS
+from reference.gating import NORMALIZERS
 from reference.proof import bugs
+from reference.shared import SHARED_GATES
 
 WRITTEN = build.sources_of_pages()
 
@@ -49,6 +53,31 @@ def test_every_story_is_on_its_page(pages):
 def test_every_preset_has_a_page(pages):
     told = "".join(text for path, text in pages.items() if path.startswith("architectures/") and not path.endswith("index.md"))
     assert [name for name in presets.names() if f"`{name}`" not in told] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "table"),
+    [(pictures.CHOICES, CHOICES), (pictures.GATES, NORMALIZERS), (pictures.SHARED, SHARED_GATES), (pictures.ACTIVATIONS, ACTIVATIONS)],
+    ids=["choices", "gates", "shared gates", "activations"],
+)
+def test_pictures_have_words_for_every_row_of_a_table(words, table):
+    assert words.keys() == table.keys()
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_idea_picture_shows_every_expert_and_those_a_token_meets(name):
+    config = presets.get(name)
+    drawn = {kind: path.count("M") for kind, path in re.findall(r'<path class="([^"]+)" d="([^"]+)"', pictures.experts_svg(config))}
+    shown = min(config.experts.count, pictures.SHOWN)
+    assert drawn.pop("moe-fill moe-e1", 0) == config.experts.shared
+    assert sum(drawn.values()) == shown
+    assert drawn["moe-fill moe-e0"] == (shown if config.gating.choice == "soft" else min(config.gating.top_k, shown))
+
+
+def test_there_are_forty_questions_and_each_leads_to_an_answer(pages):
+    asked = re.findall(r"^\d+\. (.+\?) → \[[^]]+\]\(([^)]+)\)$", pages["questions.md"], re.MULTILINE)
+    assert len(asked) == len(re.findall(r"^\d+\.", pages["questions.md"], re.MULTILINE)) >= 40
+    assert len({question for question, _ in asked}) == len(asked)
 
 
 def test_every_figure_stands_on_a_page():

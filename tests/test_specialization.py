@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from reference.specialization import domain_expert_share, measure, mutual_information
+from reference.specialization import against_chance, deal, domain_expert_share, measure, mutual_information, position_bins
 
 
 def column(*experts: int) -> np.ndarray:
@@ -179,6 +179,54 @@ def test_domain_expert_share() -> None:
     np.testing.assert_allclose(share_VE.sum(1), 1, rtol=0, atol=1e-15)
 
 
+def test_within_leaves_only_what_its_strata_do_not_explain() -> None:
+    """Bytes go where their domain goes: the expert tells the byte, but nothing about it that the domain does not tell."""
+    rng = np.random.default_rng(2)
+    domain_T = rng.integers(0, 2, 3000)
+    byte_T = 8 * domain_T + rng.integers(0, 8, 3000)
+    by_domain = np.where(rng.random(3000) < 0.7, domain_T, rng.integers(0, 4, 3000))[:, None]
+    by_byte = np.where(rng.random(3000) < 0.7, byte_T % 4, rng.integers(0, 4, 3000))[:, None]
+    assert measure(by_domain, byte_T, rng).p_value < 0.01
+    assert measure(by_domain, byte_T, rng, within=domain_T).p_value > 0.05
+    assert measure(by_byte, byte_T, rng, within=domain_T).p_value < 0.01
+
+
+def test_position_within_sequences() -> None:
+    rng = np.random.default_rng(4)
+    group_T = np.repeat(np.arange(30), 16)
+    place_T = position_bins(group_T, 4)
+    favourite_T = rng.integers(0, 4, 30)[group_T]
+    follows_sequence = np.where(rng.random(480) < 0.8, favourite_T, rng.integers(0, 4, 480))[:, None]
+    follows_place = np.where(rng.random(480) < 0.5, place_T, favourite_T)[:, None]
+    assert measure(follows_sequence, place_T, rng, within=group_T).p_value > 0.05
+    assert measure(follows_place, place_T, rng, within=group_T).p_value < 0.01
+
+
+def test_position_bins() -> None:
+    assert position_bins([5, 5, 5, 5], 2).tolist() == [0, 0, 1, 1]
+    assert position_bins([1, 0, 1, 0, 1, 0, 1, 7], 4).tolist() == [0, 0, 1, 1, 2, 2, 3, 0]
+    assert position_bins([3, 3, 3], 6).tolist() == [0, 2, 4]
+    assert position_bins(np.zeros(0, int), 3).tolist() == []
+
+
+def test_deal_keeps_strata_and_shuffles_inside_them() -> None:
+    stratum = np.array([1, 0, 1, 2, 0, 1, 0])
+    seen = set()
+    for seed in range(200):
+        order = deal(np.random.default_rng(seed), stratum, 7)
+        assert sorted(order) == list(range(7)) and (stratum[order] == stratum).all()
+        seen.add(tuple(order))
+    assert len(seen) == math.factorial(3) * math.factorial(3)
+
+
+def test_against_chance() -> None:
+    found = against_chance(3.0, [0.0, 1.0, 2.0, 3.0, 4.0])
+    assert (found.value, found.null_mean, found.excess, found.p_value, found.draws) == (3, 2, 1, 3 / 6, 5)
+    assert found.null_low == pytest.approx(0.1) and found.null_high == pytest.approx(3.9)
+    with pytest.raises(ValueError, match="at least 1 draw"):
+        against_chance(1.0, [])
+
+
 GOOD = {"expert_TK": np.zeros((4, 2), int), "label_T": np.arange(4), "rng": np.random.default_rng(0)}
 
 
@@ -197,6 +245,9 @@ GOOD = {"expert_TK": np.zeros((4, 2), int), "label_T": np.arange(4), "rng": np.r
         ({"group_ids": np.array([5, 6, 6, 7])}, "group 6 has the labels 1 and 2"),
         ({"group_ids": np.arange(3)}, r"\(3,\)"),
         ({"group_ids": np.zeros(4)}, "group_ids has dtype float64"),
+        ({"group_ids": np.array([0, 0, 1, 2]), "label_T": np.zeros(4, int), "within": np.arange(4)}, "values of within 0 and 1"),
+        ({"within": np.zeros(3, int)}, r"within has shape \(3,\), but there are 4"),
+        ({"within": np.zeros(4)}, "within has dtype float64"),
         ({"permutations": 0}, "permutations is 0"),
         ({"rng": 0}, "rng is 0"),
     ],
@@ -218,3 +269,12 @@ def test_bad_input(change: dict, message: str) -> None:
 def test_bad_share(label_T: list[int], options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         domain_expert_share(column(0, 2), np.array(label_T), **options)
+
+
+@pytest.mark.parametrize(
+    ("group_ids", "bins", "message"),
+    [([0, 0], 0, "bins is 0"), ([[0, 0]], 1, r"shape \(1, 2\)"), ([0.0, 1.0], 1, "float64")],
+)
+def test_bad_position_bins(group_ids: list, bins: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        position_bins(np.array(group_ids), bins)

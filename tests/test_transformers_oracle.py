@@ -44,6 +44,11 @@ SHAPES = {
     ],
     "gpt-oss-120b": [dict(gating=dict(top_k=8)), dict(experts=dict(count=5, width=40)), dict(d_model=9, gating=dict(top_k=1))],
     "llama4-scout": [dict(gating=dict(top_k=2)), dict(experts=dict(count=5, width=3)), dict(d_model=9)],
+    "longcat-flash": [
+        dict(gating=dict(top_k=8)),
+        dict(gating=dict(top_k=2, scale=1.0)),  # the block cannot choose 1: its squeeze takes the axis of the choices for another
+        dict(experts=dict(count=11, width=3, zero_computation=(("copy", 6),))),
+    ],
     "deepseek-v3": [
         dict(gating=dict(groups=1, top_groups=1, scale=1.0)),
         dict(experts=dict(count=32, width=3, shared=2), gating=dict(groups=8, top_groups=4, top_k=8)),
@@ -67,6 +72,8 @@ WRONG = {
     "gpt-oss with plain SwiGLU": ("gpt-oss-120b", dict(experts=dict(activation="swiglu"))),
     "gpt-oss with a softmax over all experts": ("gpt-oss-120b", dict(scores=dict(function="softmax"), gating=dict(normalize="none"))),
     "llama4 with gates on outputs": ("llama4-scout", dict(experts=dict(gate_inputs=False))),
+    "longcat with experts that answer nothing": ("longcat-flash", dict(experts=dict(zero_computation=(("zero", 3),)))),
+    "longcat without its bias": ("longcat-flash", dict(gating=dict(correction_bias=False), balance=dict(bias_rule="none"))),
     "deepseek-v3 with the max group score": ("deepseek-v3", dict(gating=dict(group_score="max"))),
     "deepseek-v3 without its bias": ("deepseek-v3", dict(gating=dict(correction_bias=False), balance=dict(bias_rule="none"))),
 }

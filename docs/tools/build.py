@@ -1,7 +1,7 @@
 """build/docs from docs/ and the packages: `python docs/tools/build.py`, before `mkdocs build`.
 
-Pages are rendered (render.py), generated pages added (generated.py), figures drawn by node, KaTeX and mermaid copied from npm. What
-MkDocs then sees is plain Markdown; it needs no hook and no plugin of ours.
+Pages are rendered (render.py), generated pages and the notebooks added (generated.py, notebook_pages.py), figures drawn by node, KaTeX
+and mermaid copied from npm. What MkDocs then sees is plain Markdown; it needs no hook and no plugin of ours.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import figures
 import generated
+import notebook_pages
 import vendor
 from render import Page
 
@@ -42,7 +43,7 @@ def assemble(rendered: dict[str, str]) -> dict[str, str]:
     made, pages = generated.pages(), dict(rendered)
     for path in [path for path in rendered if path in made]:
         made[path] = made[path].replace(f"<!-- story: {Path(path).stem} -->", pages.pop(path))
-    return pages | made
+    return pages | made | notebook_pages.pages()
 
 
 def llms(pages: dict[str, str]) -> str:
@@ -75,6 +76,7 @@ def main() -> None:
     for folder in COPIED:
         if (DOCS / folder).is_dir():
             shutil.copytree(DOCS / folder, target / folder)
+    notebook_pages.write_files(target)
     vendor.copy(target / "assets/vendor")
     (target / "llms.txt").write_text(llms(pages), encoding="utf-8")
     print(f"{len(pages)} pages and {len(used)} figures in {target}")

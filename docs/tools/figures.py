@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import itertools
 import json
+import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import measured
 import numpy as np
 
 from reference import balancing, capacity, cost, example, moe_forward, parameter_shapes, presets, route, update_bias
@@ -212,6 +215,71 @@ def cost_states(data: Json) -> list[Json]:
     return [{"left": left, "right": right, "bytes": 0.5} for left, right in zip(names, reversed(names), strict=True)]
 
 
+def layer_data() -> Json:
+    """The running example's words, weights and settings."""
+    params, config = example.params(), example.CONFIG
+    return {
+        "words": example.WORDS, "experts": example.EXPERTS, "features": example.EXPERTS, "inputs": example.inputs(),
+        "router": params["router.weight"], "up": params["experts.up_proj"], "down": params["experts.down_proj"],
+        "topK": config.gating.top_k, "factor": config.capacity.factor,
+    }  # fmt: skip
+
+
+def layer_case(state: Json, data: Json) -> Json:
+    """What `layer.js` must compute for a state: one word's row of everything."""
+    word, alone = state["word"], state["company"] == "alone"
+    x_TD, t = (example.inputs()[[word]], 0) if alone else (example.inputs(), word)
+    config = example.CONFIG
+    output, _ = moe_forward(x_TD, example.params(), config, training=True)
+    routing = output.routing
+    free = moe_forward(x_TD, example.params(), dataclasses.replace(config, capacity=CapacityConfig()), training=True)[0].routing
+    return {
+        "x": x_TD[t], "logits": routing.logits[t], "scores": routing.scores[t], "expert": routing.expert[t], "gate": free.gate[t],
+        "kept": routing.gate[t], "y": output.y[t],
+        "capacity": capacity.per_assignment(config.capacity.factor, config.gating.top_k, len(x_TD), config.experts.count),
+    }  # fmt: skip
+
+
+def layer_states(data: Json) -> list[Json]:
+    """Every word in both companies, at every step of one of them."""
+    words = [{"word": t, "company": company, "step": 6} for t in range(len(data["words"])) for company in ("batch", "alone")]
+    return words + [{"word": 2, "company": "batch", "step": step} for step in range(7)]
+
+
+def granularity_config(state: Json, data: Json) -> MoEConfig:
+    """The layer that a state describes."""
+    cut, shared = 2 ** state["logCut"], state["shared"]
+    stored = ExpertsConfig(data["experts"] * cut - shared, data["width"] // cut, "swiglu", shared=shared)
+    return MoEConfig(data["dModel"], ScoresConfig(), GatingConfig(top_k=data["topK"] * cut - shared), CapacityConfig(), stored)
+
+
+def granularity_data() -> Json:
+    """The layer before it is cut: DeepSeekMoE's conventional one, 16 experts of which a token meets two."""
+    return {"experts": 16, "topK": 2, "width": 5632, "dModel": 2048}
+
+
+def granularity_case(state: Json, data: Json) -> Json:
+    """What `granularity.js` must compute for a state."""
+    config = granularity_config(state, data)
+    total, active = cost.sum_parameters(cost.layer_parameters(config))
+    routed, chosen = config.experts.count, config.gating.top_k
+    return {
+        "routed": routed, "chosen": chosen, "narrow": config.experts.width, "total": total, "active": active,
+        "logCombinations": math.log10(math.comb(routed, chosen)), "router": routed * config.d_model,
+        "rowBytes": chosen * config.d_model * 2, "tokensPerExpert": state["tokens"] * chosen / routed,
+    }  # fmt: skip
+
+
+def granularity_states(data: Json) -> list[Json]:
+    """Every cut, without and with as many shared experts as there may be."""
+    return [
+        {"logCut": cut, "shared": shared, "tokens": tokens}
+        for cut in range(4)
+        for shared in range(min(4, data["topK"] * 2**cut - 1) + 1)
+        for tokens in (16, 4096)
+    ]
+
+
 def lamp_data() -> Json:
     """An output of 8 rows, as bfloat16 rounds it, and as an eager computation in bfloat16 might."""
     rng, width = np.random.default_rng(0), 8
@@ -250,7 +318,10 @@ FIGURES: dict[str, tuple[Callable[[], Json], Callable[[Json], list[Json]], Calla
     "losses": (losses_data, losses_states, losses_case),
     "bias": (bias_data, bias_states, bias_case),
     "cost": (cost_data, cost_states, cost_case),
+    "layer": (layer_data, layer_states, layer_case),
+    "granularity": (granularity_data, granularity_states, granularity_case),
     "lamp": (lamp_data, lamp_states, lamp_case),
+    "scrubber": (measured.scrubber_data, measured.scrubber_states, measured.scrubber_case),
 }
 """Name → (data, states to compare, what Python computes for one of them)."""
 

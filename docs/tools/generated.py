@@ -6,6 +6,7 @@ import importlib
 import textwrap
 from collections.abc import Iterator
 
+import pictures
 import sources
 import tables
 from render import EQUATION_PAGES, block, equation_home, slug
@@ -16,21 +17,14 @@ from reference.proof import bugs
 
 API = {
     "reference": [
-        "layer",
-        "config",
-        "scores",
-        "gating",
-        "capacity",
-        "dispatch",
-        "experts",
-        "balancing",
-        "cost",
-        "presets",
-        "specialization",
+        "layer", "config", "routing", "scores", "noise", "gating", "choices", "capacity", "dispatch", "experts", "shared", "soft",
+        "balancing", "penalty", "model_config", "cost", "presets", "specialization", "overlap", "redundancy", "churn", "beginnings", "text",
     ],
     "reference.proof": ["equal", "teeth", "cases"],
-    "reference.autograd": ["layer"],
-}
+    "reference.autograd": ["layer", "transformer", "training", "checkpoints", "sampling"],
+    "optimized": ["layer", "backends", "contracts", "huggingface", "expert_parallel"],
+}  # fmt: skip
+"""Package → modules with a page of their own, in this order."""
 
 
 def museum() -> str:
@@ -116,6 +110,7 @@ def architecture(module: str, names: list[str]) -> str:
     parts = [
         f"# {name}",
         f"{idea.strip()[:1].upper()}{idea.strip()[1:]}",
+        pictures.idea(presets.get(names[0])),
         told,
         f"<!-- story: {module.rpartition('.')[2]} -->",
         "## Settings",
@@ -170,7 +165,7 @@ def api_pages() -> dict[str, str]:
     for package, modules in API.items():
         for module in modules:
             name = f"{package}.{module}"
-            pages[f"reference/api/{name.replace('reference.', '', 1) if package != 'reference' else module}.md"] = (
+            pages[f"reference/api/{name.removeprefix('reference.')}.md"] = (
                 f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
             )
     return pages

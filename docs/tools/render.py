@@ -7,6 +7,7 @@ of the expression in that namespace, so that no number of the running example is
     {{ equation top-k }}                       an equation of reference/notation.py
     {{ bug softmax twice }}                    a piece of the museum: the wrong function and what its check says
     {{ table example-routing }}                a table of tables.py
+    {{ plot collapse }}                        a picture of plots.py
     {{ figure route }}                         an interactive figure, already drawn
 """
 
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import figures
+import plots
 import sources
 import tables
 
@@ -40,7 +42,10 @@ EQUATION_PAGES = {
     "scores": ("Equations: scores", ("scores", "noise")),
     "gating": ("Equations: choices and gates", ("gating", "choices")),
     "capacity": ("Equations: capacity", ("capacity",)),
-    "experts": ("Equations: dispatch and experts", ("dispatch", "experts", "shared", "layer", "routing")),
+    "experts": (
+        "Equations: dispatch and experts",
+        ("dispatch", "experts", "zero_computation", "expert_dropout", "shared", "layer", "routing"),
+    ),
     "balance": ("Equations: balance", ("balancing", "penalty")),
     "measures": ("Equations: measures and costs", ()),
 }
@@ -60,6 +65,7 @@ class Page:
             "equation": self.equation,
             "bug": self.bug,
             "table": lambda name: tables.get(name),
+            "plot": lambda name: plots.get(name),
             "figure": lambda name: self.draw(name),
         }
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import kernels
+import measured
 import numpy as np
+import origins
+import ranks
+import rungs
 import sources
+import timings
+from layout import digits, markdown
 
 from reference import cost, example, moe_forward, presets
 
 OUTPUT, CACHE = moe_forward(example.inputs(), example.params(), example.CONFIG, training=True)
 ROUTING = OUTPUT.routing
-
-
-def digits(value: float, places: int = 3) -> str:
-    """A number as a page prints it, with a true minus sign."""
-    return f"{value:,.{places}f}".replace("-", "−")
 
 
 def billions(count: float) -> str:
@@ -33,14 +37,10 @@ def sizes(name: str) -> cost.Parameters:
 NAMES: dict[str, Any] = {
     "np": np, "example": example, "output": OUTPUT, "routing": ROUTING, "words": example.WORDS, "experts": example.EXPERTS,
     "digits": digits, "billions": billions, "sizes": sizes, "presets": presets,
+    "made_by": measured.made_by, "measured": measured, "ranks": ranks, "kernels": kernels, "rungs": rungs,
+    "timings": timings,
 }  # fmt: skip
 """What sentences of every page can compute with."""
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: bool = True) -> str:
-    """A Markdown table; all columns but the first to the right where they hold numbers."""
-    rule = ["---", *(["---:" if numbers else "---"] * (len(header) - 1))]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, rule, *rows))
 
 
 def example_inputs() -> str:
@@ -77,9 +77,30 @@ def preset_sizes() -> str:
         model, (total, active) = presets.model(name), sizes(name)
         experts, chosen = model.moe.experts, model.moe.gating.top_k
         shared = f" + {experts.shared}" if experts.shared else ""
-        routed = ("1", "1") if model.moe_every == 0 else (f"{experts.count}{shared}", f"{chosen}{shared}")
+        layers = "–".join(map(str, sorted(set(model.expert_counts)))) or experts.count
+        routed = ("1", "1") if model.moe_every == 0 else (f"{layers}{shared}", f"{chosen}{shared}")
         rows.append([f"`{name}`", *routed, billions(total), billions(active), f"{100 * active / total:.1f} %"])
     return markdown(["model", "experts", "per token", "total, 10⁹", "active, 10⁹", "active share"], rows)
+
+
+GRANULARITY = (
+    "gshard-600b", "glam-64b-64e", "mixtral-8x7b", "openmoe-8b", "qwen2-57b-a14b", "deepseek-moe-16b", "olmoe-1b-7b", "deepseek-v2",
+    "qwen3-235b-a22b", "gpt-oss-120b", "llama4-maverick", "deepseek-v3",
+)  # fmt: skip
+
+
+def granularity() -> str:
+    """How finely published layers are cut: width, active width against D, and the number of combinations."""
+    rows = []
+    for name in GRANULARITY:
+        layer = presets.model(name).moe
+        stored, chosen = layer.experts, layer.gating.top_k
+        active = (chosen * stored.width + stored.total_shared_width) / layer.d_model
+        ways = math.log10(math.comb(stored.count, chosen))
+        combinations = f"{math.comb(stored.count, chosen):,}" if ways < 6 else f"10^{ways:.0f}^"
+        cells = (f"{chosen} of {stored.count}", stored.shared, f"{stored.width:,}", f"{active:.1f}", combinations)
+        rows.append([f"`{name}`", *cells])
+    return markdown(["layer", "chosen", "shared", "F", "active width / D", "combinations"], rows)
 
 
 def parity() -> str:
@@ -97,7 +118,27 @@ TABLES: dict[str, Callable[[], str]] = {
     "example-scores": example_scores,
     "example-assignments": example_assignments,
     "preset-sizes": preset_sizes,
+    "granularity": granularity,
     "parity": parity,
+    "collapse": measured.collapse,
+    "collapse-claims": partial(measured.claims, "collapse"),
+    "drop-by-position": measured.drop_by_position,
+    "drop-claims": partial(measured.claims, "drop-by-position"),
+    "bias-control": measured.bias_control,
+    "bias-claims": partial(measured.claims, "bias-control"),
+    "specialization-claims": partial(measured.claims, "specialization"),
+    "information": measured.informations,
+    "overlaps": measured.overlaps,
+    "masked": measured.masked,
+    "agreements": measured.agreements,
+    "beginnings": origins.table,
+    "beginnings-claims": partial(measured.claims, "beginnings"),
+    "expert-parallel": ranks.steps,
+    "lost-ranks": ranks.lost_ranks,
+    "disagreements": ranks.disagreements,
+    "ladder": rungs.table,
+    **kernels.TABLES,
+    **timings.TABLES,
 }
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # read by PyTorch when it is imported
-RELEVANT = (HUGE_PAGES, "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MOEBIUS_PACK")
+from ..environment import DEFAULTS
+
+RELEVANT = (*DEFAULTS, "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MOEBIUS_PACK")
 PACKAGES = ("torch", "transformers", "numpy")
 
 

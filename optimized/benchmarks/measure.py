@@ -7,8 +7,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,15 +18,20 @@ from torch import Tensor
 from reference.config import require
 
 from . import gate, limits, machine
+from .journal import Journal, Nowhere, fingerprint
+from .memory import peak_bytes, saved_bytes
 from .peers import OURS, RIVAL, Peer, Runnable, everybody
-from .shapes import DTYPES, EXPERT_COUNTS, LOADS, MODES, SHAPES, TOKENS, Problem, Shape, problem, weights
+from .shapes import BATCHES, DTYPES, EXPERT_COUNTS, LOADS, MODES, SHAPES, TOKENS, Problem, Shape, problem, weights
 from .timing import Candidate, Spread, Times, interleave, ratio
 
-SCHEMA = 1
+SCHEMA = 2
 CLOCKS: dict[bool, tuple[str, Callable[[], float]]] = {
     True: ("processor time of the process", time.process_time),
     False: ("wall clock", time.perf_counter),
 }
+MANY_TOKENS = 1024  # from here on a peer that was far behind with fewer tokens is left out
+FAR_BEHIND = 3.0
+ALONE_TOKENS = 4096  # from here on one thread only, which keeps the whole run short
 
 
 @dataclass(frozen=True)
@@ -33,16 +40,18 @@ class Plan:
 
     threads   numbers of threads; one is timed in processor time, more by the wall clock
     seconds   of each measurement, beside its warm-up
-    sweeps    also the number of experts at equal FLOPs, and the load's skew
+    sweeps    also the number of experts at equal FLOPs, the load's skew, and what a growing batch touches
+    close     only the peers that are ever near
     """
 
     shapes: tuple[str, ...] = tuple(SHAPES)
-    tokens: tuple[int, ...] = TOKENS[:4]
+    tokens: tuple[int, ...] = TOKENS
     dtypes: tuple[str, ...] = tuple(DTYPES)
     modes: tuple[str, ...] = MODES
     threads: tuple[int, ...] = (1,)
-    seconds: float = 1.5
+    seconds: float = 0.8
     sweeps: bool = True
+    close: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("shapes", SHAPES), ("dtypes", DTYPES), ("modes", MODES)):
@@ -56,13 +65,22 @@ class Plan:
             require(1 <= count <= 1 << 16, f"tokens is {count}; it must lie between 1 and {1 << 16}")
         require(0 < self.seconds <= 600, f"seconds is {self.seconds}; it must lie above 0 and up to 600")
 
+    def threads_at(self, tokens: int) -> tuple[int, ...]:
+        """The numbers of threads that are measured with so many tokens: one alone where there are very many."""
+        return tuple(count for count in self.threads if count == 1) or self.threads if tokens >= ALONE_TOKENS else self.threads
+
     @property
-    def measurements(self) -> int:
-        """How many there are, sweeps aside."""
-        return len(self.shapes) * len(self.tokens) * len(self.dtypes) * len(self.modes) * len(self.threads)
+    def parts(self) -> list[tuple[str, str, int, str]]:
+        """(shape, dtype, tokens, mode) of every problem, in the order in which they are measured."""
+        return list(product(self.shapes, self.dtypes, sorted(self.tokens), self.modes))
+
+    @property
+    def swept(self) -> list[tuple[str, str]]:
+        """(what is varied, mode) of every sweep."""
+        return list(product(SWEEPS, self.modes)) if self.sweeps else []
 
 
-QUICK = Plan(tokens=(16, 128), dtypes=("float32",), seconds=0.3, sweeps=False)
+QUICK = Plan(tokens=(16, 128), dtypes=("float32",), seconds=0.3, sweeps=False, close=True)
 
 
 class RedGateError(Exception):
@@ -74,6 +92,7 @@ class Found:
     """The result so far; `data` is what is written as JSON."""
 
     plan: Plan
+    journal: Journal | Nowhere = field(default_factory=Nowhere)
     measurements: list[dict[str, Any]] = field(default_factory=list)
     sweeps: list[dict[str, Any]] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
@@ -89,7 +108,14 @@ class Found:
         }
 
 
-Tell = Callable[[str], object]
+class Tell(Protocol):
+    """Hears what comes next, and how many of the plan's parts are done."""
+
+    def __call__(self, what: str, done: int | None = None, /) -> object: ...
+
+
+def _nobody(what: str, done: int | None = None, /) -> None:
+    return None
 
 
 @contextlib.contextmanager
@@ -103,49 +129,99 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run(plan: Plan, tell: Tell = lambda what: None, *, peers: Callable[[], list[Peer]] = everybody) -> dict[str, Any]:
-    """Everything of a plan. A red gate ends it at once, and then there are no numbers. `tell` hears what comes next."""
+def run(
+    plan: Plan, tell: Tell = _nobody, *,
+    peers: Callable[[], list[Peer]] = everybody, keep: Path | None = None, resume: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything of a plan. A red gate ends it at once, and then there are no numbers. `tell` hears what comes next.
+
+    keep: a file that gets each finished part at once; with resume, those that it holds of the same run are taken from it.
+    """
     found, began, load = Found(plan), time.time(), machine.load_average()
     tell("the gate: contracts")
     with threads(1):
         found.broken = gate.broken_contracts(plan.dtypes, lambda name: tell(f"the gate: {name}"))
+    if keep is not None and not found.broken:
+        found.journal = Journal(keep, {"plan": plan, "machine": machine.facts(), "code": fingerprint()}, resume=resume)
     if not found.broken:
         try:
-            for shape, dtype in product(plan.shapes, plan.dtypes):
-                stacks = weights(SHAPES[shape], DTYPES[dtype])
-                for tokens in plan.tokens:
-                    _measure_problem(found, problem(SHAPES[shape], tokens, stacks), tell, peers())
-            if plan.sweeps:
-                found.sweeps += [_sweep_experts(plan, mode, tell, peers()) for mode in plan.modes]
-                found.sweeps += [_sweep_loads(plan, mode, tell, peers()) for mode in plan.modes]
+            for number, part in enumerate(plan.parts):
+                tell(", ".join(map(str, part)), number)
+                found.measurements += found.journal.take("; ".join(map(str, part)), partial(_measure_part, found, part, tell, peers))
+            for number, (name, mode) in enumerate(plan.swept, len(plan.parts)):
+                tell(f"by {name}, {mode}", number)
+                found.sweeps.append(found.journal.take(f"{name}; {mode}", partial(_sweep, plan, mode, name, peers())))
         except RedGateError as why:
             found.broken = list(why.args)
     loads = {"before": load, "after": machine.load_average()}
     return found.data() | {"machine": machine.facts(), "load_average": loads, "began": began, "seconds": time.time() - began}
 
 
-def _measure_problem(found: Found, given: Problem, tell: Tell, peers: list[Peer]) -> None:
-    """All modes and numbers of threads of one problem. Raises RedGateError."""
-    dtype = str(given.x.dtype).removeprefix("torch.")
-    tell(f"the gate: {given.shape.name}, T = {given.tokens}, {dtype}")
-    exact = gate.truth(given)
-    for mode in found.plan.modes:
-        ready, out = build(given, mode, exact, peers)
-        for count in found.plan.threads:
-            tell(f"{given.shape.name}, T = {given.tokens}, {dtype}, {mode}, {count} thread{'s' * (count > 1)}")
-            head = {"shape": given.shape.name, "tokens": given.tokens, "load": given.load, "dtype": dtype, "mode": mode, "threads": count}
-            found.measurements.append(head | measure(given, mode, ready, out, count, found.plan.seconds))
+def _measure_part(found: Found, part: tuple[str, str, int, str], tell: Tell, peers: Callable[[], list[Peer]]) -> list[dict[str, Any]]:
+    """One problem in one mode, by each number of threads. Raises RedGateError."""
+    shape, dtype, tokens, mode = part
+    where = f"{shape}, T = {tokens}, {dtype}, {mode}"
+    tell(f"the gate: {where}")
+    given = _problem(shape, dtype, tokens)
+    ready, out = build(given, mode, _exact(shape, dtype, tokens), _invited(found.plan, peers()), _far_behind(found, part))
+    measured = []
+    for count in found.plan.threads_at(tokens):
+        tell(f"{where}, {count} thread{'s' * (count > 1)}")
+        head = {"shape": shape, "tokens": tokens, "load": given.load, "dtype": dtype, "mode": mode, "threads": count}
+        measured.append(head | measure(given, mode, ready, out, count, found.plan.seconds))
+    return measured
+
+
+def _invited(plan: Plan, peers: list[Peer]) -> list[Peer]:
+    return [peer for peer in peers if peer.ours or peer.near] if plan.close else peers
+
+
+@lru_cache(maxsize=1)
+def _stacks(shape: str, dtype: str) -> tuple[Tensor, Tensor]:
+    return weights(SHAPES[shape], DTYPES[dtype])
+
+
+@lru_cache(maxsize=1)
+def _problem(shape: str, dtype: str, tokens: int) -> Problem:
+    return problem(SHAPES[shape], tokens, _stacks(shape, dtype))
+
+
+@lru_cache(maxsize=1)
+def _exact(shape: str, dtype: str, tokens: int) -> Mapping[str, Tensor]:
+    return gate.truth(_problem(shape, dtype, tokens))
+
+
+def _far_behind(found: Found, part: tuple[str, str, int, str]) -> dict[str, str]:
+    """Peer → why it is not worth its time here: the best of them was far ahead of it with fewer tokens."""
+    shape, dtype, tokens, mode = part
+    key = {"shape": shape, "dtype": dtype, "mode": mode, "threads": 1}
+    earlier = [m for m in found.measurements if all(m[name] == value for name, value in key.items()) and m["tokens"] < tokens]
+    if tokens < MANY_TOKENS or not earlier:
+        return {}
+    last = earlier[-1]
+    times = {row["name"]: row["milliseconds"].median for row in last["candidates"] if not row["ours"] and row["name"] != RIVAL}
+    best = min((row["milliseconds"].median for row in last["candidates"] if row["same_function"] and not row["ours"]), default=0.0)
+    return {
+        name: f"it took {value / best:.0f} × the time of the best peer at T = {last['tokens']}"
+        for name, value in times.items()
+        if value > FAR_BEHIND * best
+    }
 
 
 Ready = dict[str, tuple[Peer, Runnable]]
 
 
-def build(given: Problem, mode: str, exact: Mapping[str, Tensor], peers: list[Peer]) -> tuple[Ready, dict[str, str]]:
-    """(who takes part, who does not and why), after comparing everybody with the truth. Raises RedGateError where one of ours differs."""
+def build(
+    given: Problem, mode: str, exact: Mapping[str, Tensor], peers: list[Peer], behind: Mapping[str, str] | None = None
+) -> tuple[Ready, dict[str, str]]:
+    """(who takes part, who does not and why), after comparing everybody with the truth. Raises RedGateError where one of ours differs.
+
+    behind: who is left out without a look, and why.
+    """
     ready: Ready = {}
     out: dict[str, str] = {}
     for peer in peers:
-        reason = peer.refuse(given, mode)
+        reason = (behind or {}).get(peer.name) or peer.refuse(given, mode)
         if reason is None:
             runnable = peer.build(given)
             wrong = gate.differences(gate.outputs(given, runnable, mode), dict(exact), given.x.dtype) if peer.comparable else []
@@ -174,10 +250,18 @@ def measure(given: Problem, mode: str, ready: Ready, out: Mapping[str, str], cou
     with threads(count):
         times = interleave(candidates | limits.candidates(given, mode), seconds=seconds, clock=clock)
     bound, limit = limits.limit(given, mode, times)
-    saved = {name: saved_bytes(given, runnable) for name, (_, runnable) in ready.items()} if mode != MODES[0] and count == 1 else {}
+    saved: dict[str, int] = {}
+    peak: dict[str, int | None] = {}
+    for name, (_, runnable) in ready.items() if count == 1 else ():
+        if mode != MODES[0]:
+            saved[name] = saved_bytes(given, runnable)
+        if given.tokens >= MANY_TOKENS:
+            with threads(1):
+                peak[name] = peak_bytes(candidates[name].step)
+        gate.forget_gradients(given, runnable)
     for _, runnable in ready.values():
         gate.forget_gradients(given, runnable)
-    rows = [_row(peer, times, limit, saved.get(name)) for name, (peer, _) in ready.items()]
+    rows = [_row(peer, times, limit, saved.get(name), peak.get(name)) for name, (peer, _) in ready.items()]
     return {
         "clock": clock_name,
         "flops": limits.active_flops(given, mode),
@@ -194,7 +278,7 @@ def _milliseconds(values: list[float]) -> Spread:
     return Spread.of([1e3 * value for value in values])
 
 
-def _row(peer: Peer, times: Times, limit: list[float], saved: int | None) -> dict[str, Any]:
+def _row(peer: Peer, times: Times, limit: list[float], saved: int | None, peak: int | None) -> dict[str, Any]:
     """times_ours: how many times as long as ours; fraction: how much of the limit it reaches."""
     own = times[peer.name]
     return {
@@ -206,55 +290,49 @@ def _row(peer: Peer, times: Times, limit: list[float], saved: int | None) -> dic
         "times_ours": ratio(own, times[OURS]) if OURS in times else None,
         "fraction": ratio(limit, own),
         "saved_bytes": saved,
+        "peak_bytes": peak,
     }
 
 
-def saved_bytes(given: Problem, runnable: Runnable) -> int:
-    """Bytes that a forward keeps for its backward, each storage once; inputs and weights do not count."""
-    kept: dict[int, int] = {}
-    known = {tensor.untyped_storage().data_ptr() for tensor in (given.x, given.gate, given.expert, *runnable.up, *runnable.down)}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = runnable.call()
-    del y
-    return sum(kept.values())
-
-
-def _sweep(plan: Plan, mode: str, name: str, problems: Mapping[str, Problem], peers: list[Peer]) -> dict[str, Any]:
-    """Ours and transformers' grouped_mm on several problems, interleaved; ratios to the first problem."""
+def _sweep(plan: Plan, mode: str, name: str, peers: list[Peer]) -> dict[str, Any]:
+    """Ours and transformers' grouped_mm on several problems, interleaved, in fp32 on one thread; ratios to the first problem."""
+    problems = SWEEPS[name](plan)
     candidates: dict[str, Candidate] = {}
     for key, given in problems.items():
         chosen = [peer for peer in peers if peer.name in (OURS, RIVAL)]
         ready, _ = build(given, mode, gate.truth(given), chosen)
         candidates |= {f"{who} | {key}": _candidate(given, runnable, mode) for who, (_, runnable) in ready.items()}
     with threads(1):
-        times = interleave(candidates, seconds=4 * plan.seconds, clock=CLOCKS[True][1])
+        times = interleave(candidates, seconds=4 * plan.seconds, clock=CLOCKS[True][1], least=3)
     first, rows = next(iter(problems)), []
     for label, values in times.items():
         who, key = label.split(" | ")
-        against = ratio(values, times[f"{who} | {first}"])
-        rows.append({"name": who, "at": key, "milliseconds": _milliseconds(values), "times_first": against})
-    return {"sweep": name, "mode": mode, "dtype": "float32", "threads": 1, "rows": rows}
+        against, given = ratio(values, times[f"{who} | {first}"]), problems[key]
+        counts = {"tokens": given.tokens, "touched_experts": given.touched, "touched_bytes": limits.streamed_bytes(given, MODES[0])}
+        rows.append({"name": who, "at": key, "milliseconds": _milliseconds(values), "times_first": against, **counts})
+    given = problems[first]
+    return {"sweep": name, "mode": mode, "dtype": "float32", "threads": 1, "shape": given.shape.name, "tokens": given.tokens, "rows": rows}
 
 
-def _sweep_experts(plan: Plan, mode: str, tell: Tell, peers: list[Peer]) -> dict[str, Any]:
-    tell(f"8 to 512 experts at equal FLOPs, {mode}")
-    tokens = max(plan.tokens)
-    problems = {name: _fresh(shape, tokens) for name, shape in EXPERT_COUNTS.items()}
-    return _sweep(plan, mode, "experts", problems, peers) | {"tokens": tokens}
+def _sweep_tokens(plan: Plan) -> int:
+    return min(max(plan.tokens), MANY_TOKENS)
 
 
-def _sweep_loads(plan: Plan, mode: str, tell: Tell, peers: list[Peer]) -> dict[str, Any]:
-    tell(f"the load's skew, {mode}")
-    shape, tokens = SHAPES["deepseek-mini"], max(plan.tokens)
-    problems = {load: _fresh(shape, tokens, load) for load in LOADS}
-    return _sweep(plan, mode, "load", problems, peers) | {"tokens": tokens, "shape": shape.name}
+def _by_experts(plan: Plan) -> dict[str, Problem]:
+    return {name: _fresh(shape, _sweep_tokens(plan)) for name, shape in EXPERT_COUNTS.items()}
+
+
+def _by_load(plan: Plan) -> dict[str, Problem]:
+    return {load: _fresh(SHAPES["deepseek-mini"], _sweep_tokens(plan), load) for load in LOADS}
+
+
+def _by_batch(plan: Plan) -> dict[str, Problem]:
+    stacks = weights(SHAPES["deepseek-mini"], torch.float32)
+    return {f"T = {tokens}": problem(SHAPES["deepseek-mini"], tokens, stacks) for tokens in BATCHES}
+
+
+# What is varied → the problems.
+SWEEPS: dict[str, Callable[[Plan], dict[str, Problem]]] = {"experts": _by_experts, "load": _by_load, "batch": _by_batch}
 
 
 def _fresh(shape: Shape, tokens: int, load: str = "uniform") -> Problem:

@@ -33,12 +33,15 @@ class Runnable(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """name; build: problem → Runnable; refuse: (problem, mode) → why it is not run, or None; comparable: computes (combine) itself."""
+    """name; build: problem → Runnable; refuse: (problem, mode) → why it is not run, or None; near: may be the best;
+    comparable: computes (combine) itself.
+    """
 
     name: str
     build: Callable[[Problem], Runnable]
     refuse: Callable[[Problem, str], str | None]
     ours: bool = False
+    near: bool = False
     comparable: bool = True
 
 
@@ -52,15 +55,25 @@ def _gibibytes(size: int) -> str:
 
 def _ours(name: str) -> Callable[[Problem], Runnable]:
     def build(problem: Problem) -> Runnable:
+        routing = problem.routing
         config, params = problem.shape.config, {"experts.gate_up_proj": problem.up, "experts.down_proj": problem.down}
         apply_experts = backends.resolve(name, problem.x.device, problem.x.dtype, config).apply_experts
-        return Runnable(lambda: apply_experts(problem.x, problem.routing, params, config), (problem.up,), (problem.down,))
+
+        def call() -> Tensor:
+            return apply_experts(problem.x, routing._replace(gate=problem.gate.float()), params, config)
+
+        return Runnable(call, (problem.up,), (problem.down,))
 
     return build
 
 
 def _cannot(name: str) -> Callable[[Problem, str], str | None]:
-    return lambda problem, mode: backends.why_not(name, problem.x.device, problem.x.dtype, problem.shape.config)
+    def refuse(problem: Problem, mode: str) -> str | None:
+        where = problem.x.device, problem.x.dtype, problem.shape.config
+        reason = backends.why_not(name, *where)
+        return reason or (f"it is what {OURS} runs" if backends.resolve(backends.AUTO, *where).name == name else None)
+
+    return refuse
 
 
 def _reference(problem: Problem) -> Runnable:
@@ -186,10 +199,10 @@ def everybody() -> list[Peer]:
         *fast,
         inside,
         Peer("reference.autograd", _reference, _no_quadratic_gradient),
-        Peer("transformers eager", _transformers("eager"), _needs_transformers(_no_quadratic_gradient)),
+        Peer("transformers eager", _transformers("eager"), _needs_transformers(_no_quadratic_gradient), near=True),
         Peer("transformers batched_mm", _transformers("batched_mm"), _needs_transformers(_copies_weights)),
-        Peer(RIVAL, _transformers("grouped_mm"), _needs_transformers()),
-        Peer("loop over experts", _loop, _never),
+        Peer(RIVAL, _transformers("grouped_mm"), _needs_transformers(), near=True),
+        Peer("loop over experts", _loop, _never, near=True),
         Peer("GShard einsum", _einsum, _fills_dispatch),
         Peer("dense, equal active parameters", _dense(lambda p: p.shape.top_k), _never, comparable=False),
         Peer("dense, equal total parameters", _dense(lambda p: p.shape.experts), _too_dense, comparable=False),

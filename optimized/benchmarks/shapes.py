@@ -44,7 +44,8 @@ SHAPES = {
     )
 }
 # Equal FLOPs per token at every number of experts.
-EXPERT_COUNTS = {f"{count} experts": Shape(f"{count} experts", 256, 128, count, 8) for count in (8, 64, 512)}
+EXPERT_COUNTS = {f"{count} experts": Shape(f"{count} experts", 256, 128, count, 8) for count in (8, 16, 32, 64, 128, 256, 512)}
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = (1, 16, 128, 1024, 4096)
 MODES = ("forward", "forward + backward")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-SLOW_SECONDS = 1.0  # a candidate that takes longer is timed in the first rounds only
+SLOW_TIMES = 4.0  # a candidate that takes so much longer than the middle one is timed in the first rounds only,
+SLOW_SHARE = 1 / 6  # where one step of it takes this share of a measurement's time
 SLOW_ROUNDS = 3
 MOST_ROUNDS = 400
 
@@ -46,12 +47,15 @@ def interleave(
 ) -> Times:
     """Seconds of every candidate, round by round; each round starts with another one, so that nobody always finds the same cache.
 
-    After a warm-up, rounds go on for about `seconds` of wall clock, and at least `least` times.
+    After a warm-up, rounds go on for about `seconds` of the given clock, and at least `least` times: a busy machine gets as many rounds in
+    processor time as an idle one.
     """
     taken: Times = {name: [] for name in candidates}
-    slow = {name for name, candidate in candidates.items() if _once(candidate, clock) > SLOW_SECONDS}
-    names, number, end = list(candidates), 0, time.perf_counter() + seconds
-    while number < least or (number < MOST_ROUNDS and time.perf_counter() < end):
+    warm = {name: _once(candidate, clock) for name, candidate in candidates.items()}
+    limit = max(SLOW_TIMES * statistics.median_low(warm.values()), SLOW_SHARE * seconds)
+    slow = {name for name, took in warm.items() if took > limit}
+    names, number, began = list(candidates), 0, clock()
+    while number < least or (number < MOST_ROUNDS and clock() - began < seconds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             if name not in slow or number < SLOW_ROUNDS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-COMMANDS = ("tour", "parity", "bench", "train", "sample", "model", "status")
+COMMANDS = ("tour", "parity", "bench", "kernels", "train", "sample", "model", "status", "lab")
 
 
 class Result(NamedTuple):

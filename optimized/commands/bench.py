@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..environment import prepare_process
 from . import Result
 
 if TYPE_CHECKING:
@@ -24,24 +25,26 @@ COLORS = {"beyond": "bold green", "reached": "green", "missed": "yellow", "far u
 def run(
     quick: Annotated[bool, typer.Option("--quick", help="A smaller plan, for continuous integration.")] = False,
     shape: Annotated[str | None, typer.Option(help="Only these shapes, separated by commas.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Numbers of tokens, separated by commas.", show_default="1,16,128,1024")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Numbers of tokens, separated by commas.", show_default="1,16,128,1024,4096; --quick: 16,128")
+    ] = None,
     dtypes: Annotated[str | None, typer.Option(help="float32, bfloat16 or both.", show_default="both")] = None,
     threads: Annotated[str | None, typer.Option(help="Numbers of threads, or all.", show_default="1,all; --quick: 1")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Of each measurement.", show_default="1.5")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Of each measurement.", show_default="0.8; --quick: 0.3")] = None,
+    work: Annotated[Path, typer.Option(help="Every finished part is kept in this file at once.")] = Path("runs/bench.jsonl"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with that file, where it is of the same plan, machine and code.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 where any goal is missed, not only where one is far.")] = False,
 ) -> Result:
     """Time the fast path against the machine's limit and against everybody else, after proving that all compute the same."""
-    huge_pages = _use_huge_pages()
+    late = prepare_process()
     from ..benchmarks.verdicts import losses, verdicts
     from ._show import console
 
     plan = _plan(quick, shape=shape, tokens=tokens, dtypes=dtypes, threads=threads, seconds=seconds)
     out = console()
-    if not huge_pages:
-        out.print(
-            "PyTorch was imported before huge pages could be asked for (THP_MEM_ALLOC_ENABLE=1): page faults weigh more.", style="yellow"
-        )
-    data = _with_progress(plan, out)
+    if late:
+        out.print(f"PyTorch was imported before {' and '.join(late)} could be set: page faults or waits weigh more.", style="yellow")
+    data = _with_progress(plan, out, work, resume)
     if not data["gate"]["green"]:
         for line in data["gate"]["broken"]:
             out.print(line, style="red", markup=False)
@@ -56,14 +59,6 @@ def run(
     for verdict in bad:
         out.print(f"{verdict.verdict}: {verdict.where}, {verdict.measure}: {verdict.value:.2f}", style="red", markup=False)
     return Result(data, not bad)
-
-
-def _use_huge_pages() -> bool:
-    """Whether PyTorch's allocator uses huge pages, for us and for the peers; the variable is read when it is first imported."""
-    name = "THP_MEM_ALLOC_ENABLE"
-    if "torch" not in sys.modules:
-        os.environ.setdefault(name, "1")
-    return os.environ.get(name) == "1"
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -100,23 +95,16 @@ def _plan(quick: bool, **options: Any) -> Plan:
     return dataclasses.replace(base, **given)
 
 
-def _with_progress(plan: Plan, out: Console) -> dict[str, Any]:
+def _with_progress(plan: Plan, out: Console, work: Path, resume: bool) -> dict[str, Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from ..benchmarks import measure
 
     columns = BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
-    total = plan.measurements + 2 * len(plan.modes) * plan.sweeps
     with Progress(*columns, console=out, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        begun = -1
-
-        def tell(what: str) -> None:
-            nonlocal begun
-            begun += not what.startswith("the gate")
-            progress.update(task, description=what, completed=max(begun, 0))
-
-        return measure.run(plan, tell)
+        task = progress.add_task("", total=len(plan.parts) + len(plan.swept))
+        tell = lambda what, done=None: progress.update(task, description=what, completed=done)  # noqa: E731
+        return measure.run(plan, tell, keep=work, resume=resume)
 
 
 def _plain(verdict: Verdict) -> dict[str, Any]:
@@ -143,7 +131,8 @@ def _show(data: Mapping[str, Any], found: list[Verdict], lost: list[str], out: C
         )
     for sweep in data["sweeps"]:
         rows = [f"{row['at']} {row['times_first'].median:.2f}" for row in sweep["rows"] if row["name"] == "moebius"]
-        out.print(f"{sweep['sweep']}, {sweep['mode']}, T = {sweep['tokens']}: {', '.join(rows)} × the first", markup=False)
+        where = "" if sweep["sweep"] == "batch" else f", T = {sweep['tokens']}"
+        out.print(f"by {sweep['sweep']}, {sweep['mode']}{where}: {', '.join(rows)} × the first", markup=False)
     inside = inside_transformers(data)
     if inside:
         worst = max(inside, key=lambda pair: pair[1].median)

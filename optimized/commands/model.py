@@ -31,6 +31,7 @@ def run(
     from reference.text import load_corpus
 
     from ..tour import COMMITTED
+    from ..tracks import fastest
     from ._show import bits_table, console
 
     target = COMMITTED if out is None else out
@@ -38,11 +39,12 @@ def run(
     corpus = load_corpus()
     resumed = bool(checkpoint_files(work))
     began = time.perf_counter()
-    result = train(TOUR_MODEL, config, corpus, out=work)
+    track = fastest(TOUR_MODEL.moe, config.dtype)
+    result = train(TOUR_MODEL, config, corpus, moe_class=track.module(), out=work)
     seconds = time.perf_counter() - began
     versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}}
     taken = None if resumed else round(seconds, 1)  # of a resumed run only the last part was timed
-    record = {"model_config": TOUR_MODEL.to_dict(), "versions": versions, "seconds": taken, **result.record}
+    record = {"model_config": TOUR_MODEL.to_dict(), "track": track.name, "versions": versions, "seconds": taken, **result.record}
     path = export(target, result.model, record=record)
     size = path.stat().st_size
     shown = console()

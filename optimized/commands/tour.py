@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from reference.text import Corpus
 
     from ..tour import Trained
+    from ..tracks import Track
 
 
 def run(
@@ -32,6 +33,7 @@ def run(
 
     from .. import tour
     from ..report import render
+    from ..tracks import fastest
     from . import _show
 
     require(seconds is None or (math.isfinite(seconds) and seconds > 0), f"--seconds is {seconds}; it must be finite and above 0")
@@ -51,10 +53,12 @@ def run(
         f"{TOUR_MODEL.name}: {TOUR_MODEL.layers} layers, width {TOUR_MODEL.d_model}, {experts.count} experts of width {experts.width}, "
         f"{TOUR_MODEL.moe.gating.top_k} chosen, {experts.shared} shared; about {size.train_seconds:g} s of training."
     )
-    model, log, steps, planned, taken = tour.train_live(TOUR_MODEL, TOUR_TRAIN, corpus, size)
+    track = fastest(TOUR_MODEL.moe, TOUR_TRAIN.dtype)
+    shown.print(f"Its MoE layers are those of {track.name}, the fastest track here.", style="dim")
+    model, log, steps, planned, taken = tour.train_live(TOUR_MODEL, TOUR_TRAIN, corpus, size, moe_class=track.module())
     details = dict(length=TOUR_TRAIN.length, batch=TOUR_TRAIN.batch)
     live = tour.examine(model, log, corpus, size, seconds=taken, steps=steps, planned=planned, **details)
-    committed, note = _committed(corpus, size, details)
+    committed, note = _committed(corpus, size, track, details)
     models = {"this run": live} | ({"committed": committed} if committed else {})
     shown.print(_show.bits_table({f"{name}, {m.steps} steps": m.bits for name, m in models.items()}, corpus.domains))
     shown.print(note, style="dim")
@@ -128,11 +132,11 @@ def _show_corpus(shown: Console, corpus: Corpus, missing: dict[str, str]) -> Non
         shown.print(f"without {why}", style="yellow", markup=False)
 
 
-def _committed(corpus: Corpus, size: Any, details: dict[str, int]) -> tuple[Trained | None, str]:
+def _committed(corpus: Corpus, size: Any, track: Track, details: dict[str, int]) -> tuple[Trained | None, str]:
     """(the committed model on the same held-out text, what to say about it)."""
     from .. import tour
 
-    found = tour.read_committed()
+    found = tour.read_committed(track.module())
     if found is None:
         return None, f"There is no committed model ({tour.COMMITTED.name}); `moebius model` makes it. The tour goes on without."
     model, record = found

@@ -9,6 +9,11 @@ The objective is the mean over ranks of each rank's loss, as in data parallelism
 on every rank, to the mean over its own tokens (times R·T_rank / T where the ranks' tokens differ in number). After `sync_gradients`
 every gradient is that of the mean, so it equals one process that saw all tokens.
 All ranks make the same calls in the same order, backward passes included, also a rank without tokens.
+
+Together with: a second mesh dimension that cuts each expert, `mesh["ep", "etp"]`; replicas, `data=mesh["dp"]`, by themselves or under
+FSDP2 or DistributedDataParallel; accumulation; activation checkpointing; `torch.compile` of what is around the layers (a layer itself is
+no graph, for the sizes that it exchanges depend on values, and `fullgraph=True` says so). Layers that `limits` does not list are refused.
+Start with `torchrun`, whose store outlives a rank, so that every other rank can name the one that was lost.
 """
 
 from .checkpoints import full_state_dict, load_full_state_dict, load_sharded, save_sharded

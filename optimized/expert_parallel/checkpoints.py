@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from reference.autograd import MoE
 from reference.autograd.checkpoints import check_tensors
 from reference.config import require
+from reference.experts import ACTIVATIONS, first_matrix
 
 from .layer import groups_of
 from .transport import Transport
@@ -41,21 +43,52 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
     check_tensors(state, own, "the state dict")
     for name, tensor in own.items():
         if isinstance(tensor, DTensor):
-            tensor.to_local().copy_(_rows_of(state[name], tensor))
+            tensor.to_local().copy_(local_part(state[name], tensor))
         else:
             tensor.copy_(state[name])
 
 
-def _rows_of(full: Tensor, like: DTensor) -> Tensor:
+def local_part(full: Tensor, like: DTensor) -> Tensor:
     """This rank's part of a full tensor, cut as `like` is along each mesh dimension."""
-    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None).to_local()
+    return distributed(full, like).to_local()
+
+
+def distributed(full: Tensor, like: DTensor) -> DTensor:
+    """A full tensor, which every rank has, spread as `like` is; nothing is sent."""
+    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    state: dict[str, Any] = {"model": module.state_dict()}
+    """What a distributed checkpoint holds, as views of what the module and the optimizer hold."""
+    gated = _gated_stacks(module)
+    state: dict[str, Any] = {"model": {n: _in_halves(t) if n in gated else t for n, t in module.state_dict().items()}}
     if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(module, optimizer)
+        found: dict[str, Any] = get_optimizer_state_dict(module, optimizer)
+        moments = {n: {m: _in_halves(t) if n in gated and t.ndim > 1 else t for m, t in of.items()} for n, of in found["state"].items()}
+        state["optimizer"] = {**found, "state": moments}
     return state
+
+
+def _gated_stacks(module: nn.Module) -> set[str]:
+    """The experts' stacks whose rows are two halves, by their names in the state dict."""
+    names = set()
+    for prefix, layer in module.named_modules():
+        if isinstance(layer, MoE) and ACTIVATIONS[layer.config.experts.activation].gated:
+            start = f"{prefix}.experts." if prefix else "experts."
+            names |= {start + first_matrix(layer.config.experts) + end for end in ("", "_bias")}
+    return names
+
+
+def _in_halves(stack: Tensor) -> Tensor:
+    """[E, 2F, …] seen as [E, 2, F, …]: a rank's part of the width is then one block of it, which is all that a checkpoint can store."""
+    shape = torch.Size((stack.shape[0], 2, stack.shape[1] // 2, *stack.shape[2:]))
+    if not isinstance(stack, DTensor):
+        return stack.view(shape)
+    local = stack.to_local()
+    places = [place if place.is_replicate() or getattr(place, "dim", 0) == 0 else Shard(2) for place in stack.placements]
+    view = local.view(local.shape[0], 2, local.shape[1] // 2, *local.shape[2:])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(view, stack.device_mesh, places, run_check=False, shape=shape, stride=stride)
 
 
 def save_sharded(path: str | os.PathLike[str], module: nn.Module, optimizer: torch.optim.Optimizer | None = None, **extra: Any) -> Path:
@@ -80,23 +113,23 @@ def save_sharded(path: str | os.PathLike[str], module: nn.Module, optimizer: tor
         os.replace(temporary, path)
         _sync(path.parent, files=False)
 
-    _on_rank_0(prepare, transport, what)
+    on_rank_0(prepare, transport, what)
     with transport.guarded(what):
         save({**_state(module, optimizer), "extra": extra}, checkpoint_id=temporary)
-    _on_rank_0(finish, transport, what)
+    on_rank_0(finish, transport, what)
     return path
 
 
-def _on_rank_0(act: Callable[[], None], transport: Transport, what: str) -> None:
-    """Do something on rank 0 of all ranks there are; every rank waits for it, and raises the error that it raised."""
+def on_rank_0(act: Callable[[], object], transport: Transport, what: str, group: dist.ProcessGroup | None = None) -> None:
+    """Do something on the first rank of a group (None: of all); the others wait for it, and raise the OSError or ValueError it raised."""
     outcome: list[Exception | None] = [None]
-    if dist.get_rank() == 0:
+    if dist.get_rank(group) == 0:
         try:
             act()
         except (OSError, ValueError) as error:
             outcome = [error]
     with transport.guarded(what):
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, group=group, group_src=0)
     if outcome[0] is not None:
         raise outcome[0]
 
@@ -122,7 +155,21 @@ def load_sharded(
     require((path / ".metadata").is_file(), f"{path} holds no whole distributed checkpoint")
     state = {**_state(module, optimizer), "extra": dict(extra)}
     load(state, checkpoint_id=path)
-    module.load_state_dict(state["model"])
+    own = module.state_dict()
+    module.load_state_dict({name: _as(own[name], tensor) for name, tensor in state["model"].items()})
     if optimizer is not None:
-        set_optimizer_state_dict(module, optimizer, state["optimizer"])
+        found: dict[str, Any] = state["optimizer"]
+        moments = {n: {m: _as(own[n], t) if t.ndim > 1 else t for m, t in of.items()} for n, of in found["state"].items()}
+        restored: Any = {**found, "state": moments}
+        set_optimizer_state_dict(module, optimizer, restored)
     return state["extra"]
+
+
+def _as(like: Tensor, tensor: Tensor) -> Tensor:
+    """The inverse of `_in_halves`: the tensor in the shape and cut of `like`."""
+    if tensor.shape == like.shape:
+        return tensor
+    if not isinstance(like, DTensor) or not isinstance(tensor, DTensor):
+        return tensor.view(like.shape)
+    local = tensor.to_local().flatten(1, 2)
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())

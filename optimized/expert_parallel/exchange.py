@@ -102,8 +102,8 @@ class _Send(torch.autograd.Function):
         if journey.needs_dx:
             kinds = [(journey.x_dtype, (journey.x_shape[1],), going.crossings), *kinds]
         *dx_rows, dgate_N = journey.arrive(kinds)
-        dgate_TK = dgate_N.new_zeros(journey.gate_shape)
-        dgate_TK[going.token_N, going.slot_N] = dgate_N
+        # An expert whose width is cut answers from several ranks; parts of a gradient add up.
+        dgate_TK = dgate_N.new_zeros(journey.gate_shape).index_put((going.token_N, going.slot_N), dgate_N, accumulate=True)
         return journey.sum_by_token(dx_rows[0]) if dx_rows else None, dgate_TK, None
 
 

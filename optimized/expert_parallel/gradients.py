@@ -22,7 +22,7 @@ def _local(tensor: Tensor) -> Tensor:
 def _missing(parameter: Tensor, transports: tuple[Transport, ...]) -> tuple[Transport, ...]:
     """The groups over which this parameter's gradient has not been added up: those that its own mesh does not span."""
     spanned = parameter.device_mesh.mesh_dim_names or () if isinstance(parameter, DTensor) else ()
-    return tuple(t for t in transports if not set(t.mesh.mesh_dim_names or ()) & set(spanned))
+    return tuple(t for t in transports if not set(t.names) & set(spanned))
 
 
 def sync_gradients(module: nn.Module) -> None:
@@ -62,31 +62,43 @@ def _average(parameters: list[Tensor], over: tuple[Transport, ...], wide: torch.
             local.copy_(piece.view(local.shape))
 
 
-@torch.no_grad()
 def clip_grad_norm_(module: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients so that their norm together is at most `max_norm`, and return what it was (clip).
 
-    norm² = Σ_replicated ‖g‖² + Σ_ranks Σ_sharded ‖g‖²: every parameter once, wherever it lives. The factor is that of
-    `torch.nn.utils.clip_grad_norm_`, min(1, max_norm / (norm + 1e-6)). Call it after `sync_gradients`.
+    The factor is that of `torch.nn.utils.clip_grad_norm_`, min(1, max_norm / (norm + 1e-6)). Call it after `sync_gradients`.
+    Returns and raises what `gradient_norm` does.
+    """
+    norm = gradient_norm(module)
+    clip_with_norm_(module, max_norm, norm)
+    return norm
+
+
+@torch.no_grad()
+def gradient_norm(module: nn.Module) -> Tensor:
+    """The norm of all gradients together: norm² = Σ_replicated ‖g‖² + Σ_ranks Σ_sharded ‖g‖², every parameter once, wherever it lives.
+
     Returns: a scalar in fp64, equal on all ranks.
     Raises: ValueError for a module without parallel layers; RankLostError.
     """
     (transport, *_) = groups_of(module)
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
     by_mesh: dict[Any, list[Tensor]] = {}
-    for gradient in gradients:
+    for gradient in (p.grad for p in module.parameters() if p.grad is not None):
         key = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
         by_mesh.setdefault(key, []).append(gradient)
     squares = []
     for key, members in by_mesh.items():
         square = sum(at_least_fp32(_local(g)).double().square().sum() for g in members)
         squares.append(square if key is None else _over_mesh(square, key, transport))  # type: ignore[arg-type]
-    norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
+
+
+@torch.no_grad()
+def clip_with_norm_(module: nn.Module, max_norm: float, norm: Tensor) -> None:
+    """Scale all gradients, whose norm is `norm`, so that it is at most `max_norm`."""
     factor = (max_norm / (norm + 1e-6)).clamp(max=1)
-    for gradient in gradients:
+    for gradient in (p.grad for p in module.parameters() if p.grad is not None):
         local = _local(gradient)
         local.mul_(factor.to(local.dtype))
-    return norm
 
 
 def _over_mesh(square: Tensor, key: Any, transport: Transport) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from reference.autograd import MoE as ReferenceMoE
 from reference.autograd import Routing
@@ -17,10 +17,14 @@ from reference.autograd.layer import apply_experts_forward, route_forward
 from reference.autograd.tokens import TokenInfo
 from reference.config import GatingConfig, MoEConfig, require
 
+from ..backends import AUTO
+from ..contracts import contract
 from ..layer import MoE
 from .exchange import Journey, combine, receive, send
+from .limits import check_supported
 from .placement import Placement
 from .plan import DTYPES, Pass, agree_on_counts, agree_on_pass, arrange, outgoing
+from .shards import cut, is_down_bias, padded_bias, placements
 from .transport import Transport, fingerprint, require_agreement
 
 
@@ -92,6 +96,11 @@ class ExpertParallel:
     training: bool
     parallel: Ranks
 
+    @torch.compiler.disable(reason="an expert-parallel layer exchanges sizes that depend on its values; compile what is around it")
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """The layer's own forward; `torch.compile` compiles what is around it."""
+        return super().forward(*arguments, **named)  # type: ignore[misc]
+
     def route_tokens(self, x_TD: Tensor, tokens: TokenInfo, replay: Any = None) -> tuple[Routing, dict[str, Tensor]]:
         """The first seam, with totals over all ranks."""
         agree_on_pass(self._pass(x_TD, replay), self.parallel.experts)
@@ -153,7 +162,7 @@ class ExpertParallel:
             partial_QD = rows_QD + sum(tensor.sum() for tensor in params.values()).to(rows_QD.dtype)  # type: ignore[union-attr]
             return combine(partial_QD, journey)
         expert, gate, keep = arrange(code_N, gate_N, len(rows_QD), local)
-        config = _local_config(self.config, local, expert.shape[1])
+        config = _local_config(self.config, local, expert.shape[1], self.parallel.placement.parts)
         nothing = gate.new_zeros(0)
         routing = Routing(expert, gate, keep, nothing, nothing, nothing, nothing, {})
         seam = self._resolve(rows_QD).apply_experts if isinstance(self, MoE) else apply_experts_forward
@@ -164,12 +173,15 @@ class ExpertParallel:
         tensors: dict[str, Tensor] = self.tensors()  # type: ignore[attr-defined]
         experts = {name: tensor for name, tensor in tensors.items() if name.startswith("experts.")}
         local = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in experts.items()}
-        return {name: _MeanGradient.apply(tensor, self.parallel.experts.ranks) for name, tensor in local.items()}
+        local = {name: _MeanGradient.apply(tensor, self.parallel.experts.ranks) for name, tensor in local.items()}
+        parts, rank = self.parallel.placement.parts, self.parallel.experts.rank
+        return {n: padded_bias(t, self.config.d_model, rank % parts, parts) if is_down_bias(n) else t for n, t in local.items()}
 
 
-def _local_config(config: MoEConfig, local: int, slots: int) -> MoEConfig:
+def _local_config(config: MoEConfig, local: int, slots: int, parts: int) -> MoEConfig:
     """The layer of one rank, as far as the second seam looks at it."""
-    experts = dataclasses.replace(config.experts, count=local, shared=0, shared_width=None, shared_gate="none")
+    width = config.experts.width // parts
+    experts = dataclasses.replace(config.experts, count=local, width=width, shared=0, shared_width=None, shared_gate="none")
     return MoEConfig(config.d_model, gating=GatingConfig(top_k=min(slots, local)), experts=experts)
 
 
@@ -182,35 +194,54 @@ def _parallel_class(layer_class: type) -> type:
     return _CLASSES[layer_class]
 
 
+@contract(
+    equals="reference.layer.moe_forward",
+    backend=AUTO,
+    grads=("x", "gate", "params"),
+    dtypes=("float64", "float32", "bfloat16"),
+    limits="configs of `limits.check_supported`; noise has other draws on every rank, unless a routing is replayed",
+    of_module=True,
+)
 def parallelize(module: nn.Module, mesh: DeviceMesh, *, data: DeviceMesh | None = None) -> nn.Module:
     """Spread the experts of every MoE inside a module over the ranks of a mesh dimension, in place, and return the module.
 
-    mesh   one-dimensional: `mesh["ep"]`. Rank r keeps the experts of `Placement.contiguous`, ⌈E/R⌉ of them, fewer on the last ranks
+    mesh   `mesh["ep"]`: rank r keeps the experts of `Placement.contiguous`, ⌈E/R⌉ of them, fewer on the last ranks; or two dimensions,
+           `mesh["ep", "etp"]`: the second cuts the width of every expert (expert tensor parallelism)
     data   one-dimensional: the ranks that hold the same experts and see other tokens, where there are more than those of `mesh`; loads
            and losses are then those of both together
-    All ranks must hold equal parameters, which is checked; make the optimizer afterwards.
-    Every call then takes this rank's own tokens: results are those of one process that sees the tokens of all ranks, on any number of
-    them, up to the rounding of sums. A group lives on one rank.
-    Raises: ValueError for a module without MoE, one that is parallel already, a mesh of other than one dimension; DisagreementError where
-    ranks differ in layers, configs or parameters; RankLostError where a rank does not answer.
+    All ranks must hold equal parameters, which is checked; make the optimizer afterwards, and wrap in DDP or FSDP2 afterwards.
+    Every call then takes this rank's own tokens, on the ranks of "etp" too: results are those of one process that sees the tokens of all
+    ranks, on any number of them, up to the rounding of sums. A group lives on one rank.
+    Raises: ValueError for a module without MoE, one that is parallel already, a config that cannot be spread, a width that cannot be cut,
+    or a mesh of too many dimensions; DisagreementError where ranks differ in layers, configs or parameters; RankLostError where a rank
+    does not answer.
     """
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, ReferenceMoE)]
     require(bool(layers), f"{type(module).__name__} holds no MoE")
-    for role, given in (("mesh", mesh), ("data", data)):
-        dimensions = 1 if given is None else given.ndim
-        require(dimensions == 1, f"{role} has {dimensions} dimensions; take one of them, as in mesh['ep']")
+    _check_meshes(mesh, data)
+    parts = mesh.size(1) if mesh.ndim == 2 else 1
     for name, layer in layers:
-        require(not isinstance(layer, ExpertParallel), f"the layer {name or type(layer).__name__} is parallel already")
+        called = name or type(layer).__name__
+        require(not isinstance(layer, ExpertParallel), f"the layer {called} is parallel already")
+        check_supported(layer.config, called, parts)
     transports = Transport(mesh), None if data is None else Transport(data)
     for transport in transports:
         if transport is not None:
             _check_equal_start(layers, transport)
     for number, (_, layer) in enumerate(layers):
-        placement = Placement.contiguous(layer.config.experts.count, transports[0].ranks)
+        placement = Placement.contiguous(layer.config.experts.count, transports[0].ranks // parts, parts)
         _shard(layer, mesh, placement, transports[0].rank)
         layer.parallel = Ranks(transports[0], transports[1], number, placement)  # type: ignore[assignment]
         layer.__class__ = _parallel_class(type(layer))
+    # DistributedDataParallel reads this: averaging one rank's experts with another's would mix different experts.
+    module._ddp_params_and_buffers_to_ignore = [n for n, p in module.named_parameters() if isinstance(p, DTensor)]  # type: ignore[assignment]
     return module
+
+
+def _check_meshes(mesh: DeviceMesh, data: DeviceMesh | None) -> None:
+    require(mesh.ndim <= 2, f"mesh has {mesh.ndim} dimensions; take one of them, as in mesh['ep'], or two of them, as in mesh['ep', 'etp']")
+    dimensions = 1 if data is None else data.ndim
+    require(dimensions == 1, f"data has {dimensions} dimensions; take one of them, as in mesh['dp']")
 
 
 def _check_equal_start(layers: list[tuple[str, ReferenceMoE]], transport: Transport) -> None:
@@ -231,12 +262,15 @@ def _check_equal_start(layers: list[tuple[str, ReferenceMoE]], transport: Transp
 
 
 def _shard(layer: ReferenceMoE, mesh: DeviceMesh, placement: Placement, rank: int) -> None:
-    """Replace the experts' stacks by DTensors that hold this rank's rows."""
+    """Replace the experts' stacks by DTensors that hold this rank's rows, and of these its part."""
     part: nn.Module = layer.get_submodule("experts")
     own = list(placement.local(rank))
     for name, stack in list(part.named_parameters(recurse=False)):
-        local = stack.detach()[own].clone() if own else stack.detach()[:0].clone()
-        spread = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=stack.shape, stride=stack.stride())
+        rows = stack.detach()[own] if own else stack.detach()[:0]
+        local = cut(rows, name, layer.config.experts, rank % placement.parts, placement.parts).clone()
+        spread = DTensor.from_local(
+            local, mesh, placements(name, layer.config.experts, mesh.ndim), run_check=False, shape=stack.shape, stride=stack.stride()
+        )
         part.register_parameter(name, nn.Parameter(spread, requires_grad=stack.requires_grad))
 
 

@@ -13,33 +13,45 @@ from reference.config import require
 
 @dataclass(frozen=True)
 class Placement:
-    """owner: the rank of each expert;  ranks: how many there are, with experts or without. Raises ValueError for a rank outside them."""
+    """Which ranks hold which experts.
+
+    owner   the home of each expert;  homes: how many there are, with experts or without
+    parts   ranks of a home, each of which holds 1/parts of the width of all its experts: rank r is part r % parts of home r // parts
+    Raises ValueError for a home outside them.
+    """
 
     owner: tuple[int, ...]
-    ranks: int
+    homes: int
+    parts: int = 1
 
     def __post_init__(self) -> None:
-        require(self.ranks >= 1, f"ranks is {self.ranks}; there must be at least 1")
-        for expert, rank in enumerate(self.owner):
-            require(0 <= rank < self.ranks, f"expert {expert} is placed on rank {rank}; there are {self.ranks} ranks")
+        require(self.homes >= 1, f"ranks is {self.homes}; there must be at least 1")
+        require(self.parts >= 1, f"parts is {self.parts}; there must be at least 1")
+        for expert, home in enumerate(self.owner):
+            require(0 <= home < self.homes, f"expert {expert} is placed on rank {home}; there are {self.homes} ranks")
 
     @classmethod
-    def contiguous(cls, experts: int, ranks: int) -> Placement:
-        """Blocks of ⌈E/R⌉ experts in order of their ids, the last ones smaller or empty: the rows of a DTensor's Shard(0)."""
+    def contiguous(cls, experts: int, homes: int, parts: int = 1) -> Placement:
+        """Blocks of ⌈E/homes⌉ experts in order of their ids, the last ones smaller or empty: the rows of a DTensor's Shard(0)."""
         require(experts >= 1, f"experts is {experts}; there must be at least 1")
-        require(ranks >= 1, f"ranks is {ranks}; there must be at least 1")
-        block = -(-experts // ranks)
-        return cls(tuple(expert // block for expert in range(experts)), ranks)
+        require(homes >= 1, f"ranks is {homes}; there must be at least 1")
+        block = -(-experts // homes)
+        return cls(tuple(expert // block for expert in range(experts)), homes, parts)
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks all homes have together."""
+        return self.homes * self.parts
 
     def local(self, rank: int) -> tuple[int, ...]:
         """The experts of a rank, in order of their ids: place l in its stack is that of local(rank)[l]."""
-        return tuple(expert for expert, owner in enumerate(self.owner) if owner == rank)
+        return tuple(expert for expert, home in enumerate(self.owner) if home == rank // self.parts)
 
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:
-        """(rank, place in that rank's stack) of each expert, [E] int64 each, on the CPU."""
-        place, filled = [], [0] * self.ranks
-        for rank in self.owner:
-            place.append(filled[rank])
-            filled[rank] += 1
+        """(home, place in its ranks' stacks) of each expert, [E] int64 each, on the CPU."""
+        place, filled = [], [0] * self.homes
+        for home in self.owner:
+            place.append(filled[home])
+            filled[home] += 1
         return torch.tensor(self.owner), torch.tensor(place)

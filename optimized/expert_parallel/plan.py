@@ -1,7 +1,8 @@
 """Who sends what to whom: computed from a routing and a placement, agreed upon before a single token moves.
 
 A token crosses once to a rank, however many of its experts live there. With it travel, for each of those experts, the gate and a code:
-twice the expert's place on that rank, plus 1 where a new token begins.
+twice the expert's place on that rank, plus 1 where a new token begins. Where several ranks share the width of an expert, the token goes to
+each of them, and the sum over experts that brings it home is also the sum over their parts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Outgoing(NamedTuple):
     """What this rank sends, in order of rank, token, expert.
 
     token_Q           the token of each crossing (a token and a rank that has experts of it)
-    token_N, slot_N   token and slot of each kept assignment;  code_N: as it travels
+    token_N, slot_N   token and slot of each kept assignment, once for each part of its expert;  code_N: as it travels
     crossings, assignments   how many of each go to every rank
     """
 
@@ -44,15 +45,15 @@ class Incoming(NamedTuple):
 
 def outgoing(expert_TK: Tensor, keep_TK: Tensor, placement: Placement) -> Outgoing:
     """What has to be sent for a routing: expert [T, K] ids, keep [T, K]."""
-    owner_E, place_E = (table.to(expert_TK.device) for table in placement.tables)
-    token_N, slot_N = torch.nonzero(keep_TK, as_tuple=True)
+    home_E, place_E = (table.to(expert_TK.device) for table in placement.tables)
+    token_N, slot_N = (of.repeat_interleave(placement.parts) for of in torch.nonzero(keep_TK, as_tuple=True))
     expert_N = expert_TK[token_N, slot_N]
-    crossing_N = owner_E[expert_N] * len(expert_TK) + token_N
-    order_N = torch.argsort(crossing_N * len(owner_E) + expert_N, stable=True)
-    token_N, slot_N, expert_N, crossing_N = (part[order_N] for part in (token_N, slot_N, expert_N, crossing_N))
+    rank_N = home_E[expert_N] * placement.parts + torch.arange(len(token_N), device=token_N.device) % placement.parts
+    crossing_N = rank_N * len(expert_TK) + token_N
+    order_N = torch.argsort(crossing_N * len(home_E) + expert_N, stable=True)
+    token_N, slot_N, expert_N, rank_N, crossing_N = (part[order_N] for part in (token_N, slot_N, expert_N, rank_N, crossing_N))
     starts_N = torch.ones_like(crossing_N, dtype=torch.bool)
     starts_N[1:] = crossing_N[1:] != crossing_N[:-1]
-    rank_N = owner_E[expert_N]
     counts = torch.stack([torch.bincount(of, minlength=placement.ranks) for of in (rank_N[starts_N], rank_N)])
     return Outgoing(token_N[starts_N], token_N, slot_N, (2 * place_E[expert_N] + starts_N).to(CODE), *counts.tolist())
 
@@ -114,11 +115,12 @@ def _check_counts(rank: int, row: list[int], local_experts: Sequence[int], top_k
         if sum(parts) != total:
             raise DisagreementError(f"ranks disagree on counts: rank {rank} holds {total} {what} to send, but announces {parts}")
     for other, (tokens, copies, local) in enumerate(zip(crossings, assignments, local_experts, strict=True)):
-        most = tokens * min(local, top_k)
-        if not tokens <= copies <= most or tokens < 0:
+        least = max(tokens, 0)
+        most = least * min(local, top_k)
+        if tokens < 0 or not least <= copies <= most:
             raise DisagreementError(
                 f"ranks disagree on counts: rank {rank} announces {copies} assignments of {tokens} tokens to rank {other}, which "
-                f"has {local} experts; between {tokens} and {most} are possible with top_k = {top_k}"
+                f"has {local} experts; between {least} and {most} are possible with top_k = {top_k}"
             )
 
 

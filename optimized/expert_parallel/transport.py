@@ -30,13 +30,15 @@ class DisagreementError(ValueError):
 
 
 class Transport:
-    """The group of a one-dimensional mesh: who we are in it, and its collectives.
+    """The group of all ranks of a mesh: who we are in it, and its collectives.
 
-    bytes_sent: what `all_to_all` has sent to other ranks since the start.
+    names       the dimensions of the mesh that it spans
+    bytes_sent  what `all_to_all` has sent to other ranks since the start
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        self.mesh = mesh
+        self.names = tuple(mesh.mesh_dim_names or ())
+        self.mesh = mesh = mesh if mesh.ndim == 1 else mesh._flatten()
         self.group: dist.ProcessGroup = mesh.get_group()
         self.rank, self.ranks = mesh.get_local_rank(), mesh.size()
         self.device = torch.device("cpu") if mesh.device_type == "cpu" else torch.device(mesh.device_type, torch.cuda.current_device())
@@ -72,15 +74,18 @@ class Transport:
             where = "; ".join(f"rank {rank}: {store.get(f'{_PREFIX}/{name}').decode()}" for rank, name in enumerate(names) if not missing)
         except Exception as error:  # the store lives in a process too
             if not set(range(self.ranks)) - {self.rank, *missing}:
-                return f"the store of the process group is gone, and with it the rank that holds it ({type(error).__name__})"
+                return (
+                    f"the store of the process group is gone ({type(error).__name__}): the rank that held it, mostly rank 0, ended, "
+                    "perhaps after it had noticed itself that another one was lost. Under torchrun a store outlives the ranks"
+                )
             # Others had reported: the store ended with a rank that had made its own roll call.
         if missing:
             return f"rank {', '.join(map(str, missing))} ended or hangs"
         return f"all ranks are there, but not in time or not at the same place ({where})"
 
-    def gather(self, numbers: Sequence[int], what: str) -> list[list[int]]:
-        """Every rank's integers, equally many on each."""
-        mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+    def gather(self, numbers: Sequence[int], what: str, dtype: torch.dtype = torch.int64) -> list[list[Any]]:
+        """Every rank's numbers, equally many on each."""
+        mine = torch.tensor(numbers, dtype=dtype, device=self.device)
         theirs = [torch.zeros_like(mine) for _ in range(self.ranks)]
         with self.guarded(what):
             dist.all_gather(theirs, mine, group=self.group)

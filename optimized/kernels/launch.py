@@ -290,7 +290,7 @@ def route(
     programs, lanes = ceil_div(tokens, blocks.rows), _lanes(experts, gating)
     scores, gate = logits.new_empty(tokens, experts), logits.new_empty(tokens, gating.top_k)
     expert = logits.new_empty(tokens, gating.top_k, dtype=torch.int64)
-    counts = logits.new_empty(programs, lanes["LANES"], dtype=torch.int32)
+    counts = logits.new_empty(programs, lanes["LANES"], dtype=torch.uint8)  # a block has fewer than 256 tokens
     if tokens:
         route_kernel[(programs,)](
             logits, bias, real, scores, expert, gate, counts, tokens, experts, gating.eps, gating.scale,

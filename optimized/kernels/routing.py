@@ -182,10 +182,10 @@ def route_kernel(
 
     Grid: (⌈T / BLOCK⌉). A program owns BLOCK tokens.
     LOGITS [T, E] fp32, CORRECTION_BIAS [E] fp32 or None, REAL [T] uint8 (0: padding, not counted) → SCORES [T, E] and GATE [T, K] fp32,
-    EXPERT [T, K] int64, HISTOGRAM [blocks, LANES] int32.
+    EXPERT [T, K] int64, HISTOGRAM [blocks, LANES] uint8.
     A NaN is never better than a number; K different experts are chosen even where all scores are NaN or −∞.
     Equals: `SCORE_FUNCTIONS[…].forward`, `choose` and `gates_forward` of the reference; `count_load` summed over the blocks.
-    Rounds at: every operation in fp32. Limits: K ≤ 16, E ≤ LANES, a power of two.
+    Rounds at: every operation in fp32. Limits: K ≤ 16, E ≤ LANES, a power of two; BLOCK < 256.
     """
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, LANES)

@@ -57,6 +57,7 @@ class Library:
             raise UnavailableError(f"the compiled library {path} has the interface {found}, not {expected}")
         self._c.moebius_instruction_set.restype = self._c.moebius_activation.restype = ctypes.c_char_p
         self._c.moebius_activation.argtypes = [ctypes.c_int64]
+        self._c.moebius_release.restype = None
         self._c.moebius_sample.argtypes, self._c.moebius_sample.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_uint64
         self.path = path
         self.instruction_set: str = self._c.moebius_instruction_set().decode()
@@ -82,6 +83,10 @@ class Library:
         call.packed_up, call.packed_down, call.bounds = packed_up.data_ptr(), packed_down.data_ptr(), no_rows.data_ptr()
         self._check(self._c.moebius_pack(ctypes.byref(call)))
         return packed_up, packed_down
+
+    def release(self) -> None:
+        """Free the workspace that is kept for the next call."""
+        self._c.moebius_release()
 
     def sample(self, tensor: Tensor) -> int:
         """A checksum of a few places spread over a tensor."""

@@ -222,6 +222,13 @@ static void *kept_workspace(long bytes) {
     return kept.at;
 }
 
+void moebius_release(void) {
+    pthread_mutex_lock(&team.busy);
+    free(kept.at);
+    kept.at = NULL, kept.bytes = 0;
+    pthread_mutex_unlock(&team.busy);
+}
+
 enum { DONE = 0, NO_MEMORY = 1, NOT_OURS = 2 };
 
 static int carry_out(struct plan *plan, void (*pass)(struct plan *), int alone) {

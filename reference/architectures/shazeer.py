@@ -18,21 +18,26 @@ from ..tokens import Draws, TokenInfo
 from ._mixture import indicator, mixture
 
 
-def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, info: TokenInfo, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
-    """y_t = Σ_i Softmax(KeepTopK(H(x_t), K))_i E_i(x_t): (y [T, D], {"importance", "smooth_load"})."""
+def noisy_gates(x_TD: np.ndarray, params: Params, config: MoEConfig, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
+    """Softmax(KeepTopK(H(x_t), K)): (gate [T, E], {"importance", "smooth_load"})."""
     top_k = config.gating.top_k
     clean_TE = x_TD @ params["router.weight"].T
     deviation_TE = np.log1p(np.exp(x_TD @ params["router.noise_weight"].T)) + 0.01
     noisy_TE = clean_TE + standard_normal(draws, "logit_noise", clean_TE.shape) * deviation_TE
     gate_TE, _ = softmax_forward(np.where(indicator(noisy_TE, top_k), noisy_TE, -np.inf))
-    y_TD = mixture(x_TD, gate_TE, params, "relu")
 
     load_E = np.zeros(config.experts.count)
     for e in range(config.experts.count):
         kth_excluding_T = np.sort(np.delete(noisy_TE, e, axis=1), axis=1)[:, -top_k]
         load_E[e] = normal_cdf((clean_TE[:, e] - kth_excluding_T) / deviation_TE[:, e]).sum()
     importance_E = gate_TE.sum(0)
-    return y_TD, {
+    return gate_TE, {
         "importance": float(importance_E.var() / (importance_E.mean() ** 2 + 1e-10)),
         "smooth_load": float(load_E.var() / (load_E.mean() ** 2 + 1e-10)),
     }
+
+
+def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, info: TokenInfo, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
+    """y_t = Σ_i Softmax(KeepTopK(H(x_t), K))_i E_i(x_t): (y [T, D], {"importance", "smooth_load"})."""
+    gate_TE, losses = noisy_gates(x_TD, params, config, draws)
+    return mixture(x_TD, gate_TE, params, "relu"), losses

@@ -32,6 +32,8 @@ class LossInputs(NamedTuple):
     top_k: int = 1
     groups: int = 1
     top_groups: int = 1
+    networks: int = 0
+    network_share: float = 1.0
 
 
 def count_load(expert_TK: Tensor, picked_TK: Tensor, experts: int) -> Tensor:
@@ -103,6 +105,16 @@ def communication_balance_forward(inputs: LossInputs) -> Tensor:
     return _weighted(frequency_G.repeat_interleave(members), inputs)
 
 
+def heterogeneous_balance_forward(inputs: LossInputs) -> Tensor:
+    """MoE++'s loss (loss-heterogeneous) over all tokens; 1 where each network has τ times the load and score of each other expert."""
+    experts, share = inputs.probability_TE.shape[1], inputs.network_share
+    count_E = inputs.tokens.total(count_load(inputs.expert_TK, inputs.picked_TK, experts)).double()
+    eta_E = torch.ones_like(count_E)
+    eta_E[inputs.networks :] = share
+    even = inputs.networks + (experts - inputs.networks) / share
+    return _weighted(even * eta_E * count_E / count_E.sum().clamp(min=1), inputs)
+
+
 def global_balance_forward(importance_E: Tensor, load_E: Tensor) -> Tensor:
     """The balance loss of one micro-batch against the load of the whole batch (loss-global).
 
@@ -125,6 +137,7 @@ LOSSES: dict[str, Callable[[LossInputs], Tensor]] = {
     "sequence_balance": sequence_balance_forward,
     "device_balance": device_balance_forward,
     "communication_balance": communication_balance_forward,
+    "heterogeneous_balance": heterogeneous_balance_forward,
     "router_z": router_z_forward,
     "importance": importance_forward,
     "smooth_load": smooth_load_forward,

@@ -20,6 +20,11 @@ def group_capacity(config: CapacityConfig, top_k: int, experts: int, tokens: Tok
     return torch.from_numpy(slots_B).to(tokens.group_T.device)
 
 
+def expert_capacity(config: MoEConfig, tokens: TokenInfo, *, training: bool) -> Tensor:
+    """Slots of each group's experts, [B] or [B, E] int64; waits for the device as `group_capacity` does."""
+    return torch.from_numpy(numpy_capacity.expert_capacity(config, cast(Any, tokens), training=training)).to(tokens.group_T.device)
+
+
 def choice_major(gate_TK: Tensor, draws: Draws) -> Tensor:
     """All first choices in order of position, then all second ones, … (order-choice-major): assignment ids t·K + k, [T·K]."""
     return torch.arange(gate_TK.numel(), device=gate_TK.device).reshape(gate_TK.shape).T.flatten()
@@ -81,9 +86,10 @@ def position_in_expert(expert_TK: Tensor, wanted_TK: Tensor, group_T: Tensor, or
 
 
 def keep_within_capacity(expert_TK: Tensor, wanted_TK: Tensor, capacity: Tensor, order_N: Tensor, tokens: TokenInfo) -> Tensor:
-    """The assignments that find a free slot (keep): expert, wanted [T, K], capacity [B], order [T·K] → [T, K] bool."""
+    """The assignments that find a free slot (keep): expert, wanted [T, K], capacity [B] or [B, E], order [T·K] → [T, K] bool."""
     position_TK = position_in_expert(expert_TK, wanted_TK, tokens.group_T, order_N)
-    return wanted_TK & (position_TK < capacity[tokens.group_T][:, None])
+    limit = capacity[tokens.group_T][:, None] if capacity.ndim == 1 else capacity[tokens.group_T[:, None], expert_TK]
+    return wanted_TK & (position_TK < limit)
 
 
 class Placed(NamedTuple):

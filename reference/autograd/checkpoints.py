@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ..config import MoEConfig, require
@@ -85,6 +83,8 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _encode(tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> bytes:
+    from safetensors.torch import save as to_bytes  # here, so that what reads and writes no files needs no safetensors
+
     # One metadata entry: safetensors writes several in random order, and equal checkpoints should be equal files.
     text = json.dumps({"version": VERSION, **metadata}, allow_nan=False, sort_keys=True)
     return to_bytes({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, {METADATA: text})
@@ -118,6 +118,8 @@ def save(directory: str | os.PathLike[str], checkpoint: Checkpoint, *, keep: int
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(metadata, tensors) of a file that `save` or `export` wrote."""
+    from safetensors import SafetensorError, safe_open
+
     require(path.is_file(), f"{path} does not exist or is no file")
     try:
         with safe_open(path, framework="pt") as file:
@@ -266,4 +268,4 @@ def moe_parameters(model: LanguageModel, layer: int) -> tuple[MoEConfig, dict[st
     """
     layers = model.moe_layers()
     require(layer in layers, f"layer {layer} has no experts; MoE layers: {sorted(layers)}")
-    return model.config.moe, params_to_numpy(layers[layer].state_dict())
+    return model.config.layer_moe(layer), params_to_numpy(layers[layer].state_dict())

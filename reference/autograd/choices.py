@@ -92,6 +92,11 @@ def choose_positive(choice_TE: Tensor, config: GatingConfig, tokens: TokenInfo, 
     return expert_TK, real_TK & (choice_TE.gather(1, expert_TK) > 0)
 
 
+def choose_all(choice_TE: Tensor, config: GatingConfig, tokens: TokenInfo, context: ChoiceContext) -> Chosen:
+    """Soft MoE: every token has a share in every expert, in order of their id: [T, E] → (expert [T, E], picked [T, E])."""
+    return _of_all_real(torch.arange(choice_TE.shape[1], device=choice_TE.device).repeat(len(choice_TE), 1), tokens)
+
+
 CHOICES: dict[str, Callable[[Tensor, GatingConfig, TokenInfo, Any], Chosen]] = {
     "top_k": choose_top_k,
     "gumbel": choose_gumbel,
@@ -100,6 +105,7 @@ CHOICES: dict[str, Callable[[Tensor, GatingConfig, TokenInfo, Any], Chosen]] = {
     "balanced": _on_host(numpy_choices.choose_balanced),
     "sinkhorn": _on_host(numpy_choices.choose_sinkhorn),
     "positive": choose_positive,
+    "soft": choose_all,
 }
 
 

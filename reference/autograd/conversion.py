@@ -10,7 +10,11 @@ from torch import Tensor
 
 from ..layer import BUFFERS
 from ..layer import Routing as NumpyRouting
+from ..soft import SoftMix as NumpyMix
 from .layer import Routing
+from .soft import SoftMix
+
+ARRAYS = tuple(name for name in Routing._fields if name not in ("draws", "mix"))
 
 
 def array_of(tensor: Tensor) -> np.ndarray:
@@ -33,12 +37,20 @@ def params_to_numpy(params: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 def routing_from_numpy(routing: NumpyRouting, *, device: torch.device | str | None = None) -> Routing:
     """A NumPy routing as tensors in its own dtypes, without gradients."""
-    arrays = (getattr(routing, name) for name in Routing._fields if name != "draws")
+    arrays = (getattr(routing, name) for name in ARRAYS)
     draws = {name: torch.tensor(array, device=device) for name, array in routing.draws.items()}
-    return Routing(*(torch.tensor(array, device=device) for array in arrays), draws=draws)
+    mix = None
+    if routing.mix is not None:
+        dispatch, combine, group = (torch.tensor(part, device=device) for part in routing.mix[:3])
+        mix = SoftMix(dispatch, combine, group, routing.mix.groups)
+    return Routing(*(torch.tensor(array, device=device) for array in arrays), draws=draws, mix=mix)
 
 
 def routing_to_numpy(routing: Routing) -> NumpyRouting:
     """A routing as arrays, for example to replay it in the NumPy layer."""
-    arrays = {name: array_of(getattr(routing, name)) for name in Routing._fields if name != "draws"}
-    return NumpyRouting(**arrays, draws={name: array_of(tensor) for name, tensor in routing.draws.items()})
+    arrays = {name: array_of(getattr(routing, name)) for name in ARRAYS}
+    mix = None
+    if routing.mix is not None:
+        dispatch, combine, group = (array_of(part) for part in routing.mix[:3])
+        mix = NumpyMix(dispatch, combine, group, routing.mix.groups)
+    return NumpyRouting(**arrays, draws={name: array_of(tensor) for name, tensor in routing.draws.items()}, mix=mix)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import ExpertsConfig
 from ..experts import CLAMP, STEEPNESS, ffn_keys
+from .zero_computation import zero_computation_forward
 
 Params = Mapping[str, Tensor]
 
@@ -77,9 +78,10 @@ class FFN(NamedTuple):
     down_bias: Tensor | None
 
 
-def ffn_forward(x_ND: Tensor, ffn: FFN, activation: str) -> Tensor:
-    """One expert (ffn): [N, D] → [N, D], in the dtype of its operands, or that of autocast."""
+def ffn_forward(x_ND: Tensor, ffn: FFN, activation: str, factor: Tensor | None = None) -> Tensor:
+    """One expert (ffn): [N, D] → [N, D], in the dtype of its operands, or that of autocast; factor [N, F]: of the hidden layer."""
     hidden_NF = ACTIVATIONS[activation](nn.functional.linear(x_ND, ffn.up, ffn.up_bias))
+    hidden_NF = hidden_NF if factor is None else hidden_NF * factor
     return nn.functional.linear(hidden_NF, ffn.down, ffn.down_bias)
 
 
@@ -87,19 +89,23 @@ def _unstacked(params: Params, config: ExpertsConfig) -> list[FFN]:
     # One unbind of each stack has one backward; indexing it E times would make E gradients of the whole stack.
     keys = ffn_keys("experts", config)
     up, down, *biases = (params[key].unbind() for key in keys[: 4 if config.bias else 2])
-    up_bias, down_bias = biases or ([None] * config.count, [None] * config.count)
+    up_bias, down_bias = biases or ([None] * config.networks, [None] * config.networks)
     return [FFN(*tensors) for tensors in zip(up, down, up_bias, down_bias, strict=True)]
 
 
-def experts_forward(rows_ND: Tensor, bounds_P: Tensor, params: Params, config: ExpertsConfig) -> Tensor:
+def experts_forward(rows_ND: Tensor, bounds_P: Tensor, params: Params, config: ExpertsConfig, factor: Tensor | None = None) -> Tensor:
     """Every expert on its own rows (experts): rows [N, D] sorted by expert, bounds [E + 1] → out [N, D].
 
     The loop needs the bounds on the host and waits for the device. An expert without rows runs on zero rows, so its gradient is a 0.
     """
     # One split has one backward; slicing E times would make E gradients of all rows.
-    own_rows = rows_ND.split(bounds_P.diff().tolist())
-    networks = _unstacked(params, config)
-    return torch.cat([ffn_forward(own_ND, network, config.activation) for own_ND, network in zip(own_rows, networks, strict=True)])
+    sizes = bounds_P.diff().tolist()
+    own_rows = rows_ND.split(sizes)
+    factors = [None] * len(sizes) if factor is None else factor.split(sizes)
+    each = zip(own_rows, _unstacked(params, config), factors, strict=False)
+    parts = [ffn_forward(own_ND, network, config.activation, own) for own_ND, network, own in each]
+    others = zero_computation_forward(own_rows[config.networks :], params, config)
+    return torch.cat([*parts, *(part.to(parts[0].dtype) for part in others)])
 
 
 def shared_forward(x_TD: Tensor, params: Params, config: ExpertsConfig) -> Tensor:

@@ -14,13 +14,15 @@ from ..choices import slots
 from ..config import MoEConfig, ScoresConfig, require
 from ..parameters import BUFFERS, STARTS, parameter_shapes
 from .balancing import BIAS_RULES, LOSSES, LossInputs, count_load, mean_probability
-from .capacity import Placed, group_capacity, keep_within_capacity, queue_order, recycle
-from .choices import ChoiceContext, choose
+from .capacity import Placed, expert_capacity, keep_within_capacity, queue_order, recycle
+from .choices import ChoiceContext, choose, choose_all
 from .dispatch import combine_forward, dispatch_forward, gate_rows_forward
+from .expert_dropout import draw_dropout, dropout_factors
 from .experts import Params, Shared, experts_forward, weighed_shared
 from .gating import SECOND_CHOICES, expert_scale_forward, gates_forward, survivors
 from .noise import LOGIT_NOISE, Noisy
 from .scores import INPUT_NOISE, INPUT_NORMS, SCORE_FUNCTIONS, logits_forward, softcap_forward
+from .soft import SoftMix, mix_forward, slot_logits_forward, soft_mix
 from .tokens import Draws, TokenInfo, checks_values, token_info, without_autocast
 
 BUFFER_DTYPES = {np.float32: torch.float32, np.int64: torch.int64}
@@ -38,6 +40,7 @@ class Routing(NamedTuple):
     logits: Tensor
     scores: Tensor
     draws: dict[str, Tensor]
+    mix: SoftMix | None = None
 
 
 class Aux(NamedTuple):
@@ -111,27 +114,27 @@ class Decision(NamedTuple):
 
 
 def keep_wanted(
-    chosen_TK: Tensor, gate_TK: Tensor, picked_TK: Tensor, slots_B: Tensor | None, config: MoEConfig, tokens: TokenInfo, draws: Draws,
+    chosen_TK: Tensor, gate_TK: Tensor, picked_TK: Tensor, room: Tensor | None, config: MoEConfig, tokens: TokenInfo, draws: Draws,
     *, training: bool,
 ) -> Placed:  # fmt: skip
-    """What follows a choice: second choice, drop (slots_B None: there is room for all), recycling."""
+    """What follows a choice: second choice, drop (room None: there is enough for all), recycling."""
     rule = config.gating.second_choice if training else "always"
     wanted_TK = picked_TK & SECOND_CHOICES[rule](gate_TK, config.gating, draws)
-    if slots_B is None:
+    if room is None:
         return Placed(chosen_TK, wanted_TK)
     order_N = queue_order(gate_TK, config.capacity.order, draws, training=training)
-    placed = Placed(chosen_TK, keep_within_capacity(chosen_TK, wanted_TK, slots_B, order_N, tokens))
-    return recycle(placed, wanted_TK, slots_B, config, tokens, draws) if training else placed
+    placed = Placed(chosen_TK, keep_within_capacity(chosen_TK, wanted_TK, room, order_N, tokens))
+    return recycle(placed, wanted_TK, room, config, tokens, draws) if training else placed
 
 
 def _decide(scores_TE: Tensor, bias: Tensor | None, config: MoEConfig, tokens: TokenInfo, context: ChoiceContext) -> Decision:
     """Choice, second choice, drop, recycling."""
     training, draws = context.training, context.draws
     limited = config.capacity.formula != "none"  # else a queue never outgrows its group: nothing to count and no size to ask for
-    slots_B = group_capacity(config.capacity, config.gating.top_k, config.experts.count, tokens, training=training) if limited else None
-    chosen_TK, picked_TK = choose(scores_TE, bias, config.gating, tokens, context._replace(slots_B=slots_B))
+    room = expert_capacity(config, tokens, training=training) if limited else None
+    chosen_TK, picked_TK = choose(scores_TE, bias, config.gating, tokens, context._replace(slots_B=room))
     gate_TK = gates_forward(scores_TE, chosen_TK, config.gating)
-    expert_TK, keep_TK = keep_wanted(chosen_TK, gate_TK, picked_TK, slots_B, config, tokens, draws, training=training)
+    expert_TK, keep_TK = keep_wanted(chosen_TK, gate_TK, picked_TK, room, config, tokens, draws, training=training)
     load_E = tokens.total(count_load(chosen_TK, picked_TK, config.experts.count))
     return Decision(chosen_TK, picked_TK, expert_TK, keep_TK, load_E)
 
@@ -149,11 +152,11 @@ def _replayed(
     return Decision(expert_TK, picked_TK, expert_TK, keep_TK, load_E)
 
 
-def route_forward(
+def sparse_route_forward(
     x_TD: Tensor, params: Params, config: MoEConfig, tokens: TokenInfo, *,
     training: bool = False, rng: torch.Generator | None = None, replay: Any = None,
 ) -> tuple[Routing, dict[str, Tensor]]:  # fmt: skip
-    """(routing, the unweighted losses by name): x → logits → scores → choice → gates → drops, all in fp32 or better, autocast or not.
+    """`route_forward` where tokens are sent: x → logits → scores → choice → gates → drops, all in fp32 or better, autocast or not.
 
     In a replay the decisions and draws are those of the earlier pass; everything continuous is computed anew and has its gradient.
     """
@@ -173,12 +176,64 @@ def route_forward(
         gate_TK = gates_forward(scores_TE, expert_TK, gating, survivors(keep_TK) if gating.after_drop else None)
         if gating.expert_scale:
             gate_TK = expert_scale_forward(gate_TK, expert_TK, params["router.expert_scale"])
-        sizes = (gating.top_k, gating.groups, gating.top_groups)
+        sizes = (gating.top_k, gating.groups, gating.top_groups, config.experts.networks, config.experts.network_share)
         inputs = LossInputs(logits_TE, scores_TE, probability_TE, chosen_TK, picked_TK, tokens, gate_TK, noise, *sizes)
         losses = {name: LOSSES[name](inputs) for name, _ in config.balance.losses} if training else {}
         importance_E = mean_probability(probability_TE, tokens)
         gate_TK = gate_TK.masked_fill(~keep_TK, 0)
-    return Routing(expert_TK, gate_TK, keep_TK, load_E, importance_E, logits_TE, scores_TE, draws.taken), losses
+        taken = draw_dropout(expert_TK, gate_TK.detach(), config.experts, draws, training=training)
+    return Routing(expert_TK, gate_TK, keep_TK, load_E, importance_E, logits_TE, scores_TE, taken), losses
+
+
+def soft_route_forward(
+    x_TD: Tensor, params: Params, config: MoEConfig, tokens: TokenInfo, *,
+    training: bool = False, rng: torch.Generator | None = None, replay: Any = None,
+) -> tuple[Routing, dict[str, Tensor]]:  # fmt: skip
+    """`route_forward` where tokens are mixed: logits → shares. Neither noise nor a decision is there to be replayed."""
+    if replay is not None:
+        check_replay(replay, tokens, config)
+    with without_autocast(x_TD.device):
+        logits_TEC = slot_logits_forward(x_TD, params)
+        mix = soft_mix(logits_TEC, tokens)
+        gate_TE = mix.combine.sum(2)
+        expert_TE, keep_TE = choose_all(gate_TE, config.gating, tokens, ChoiceContext())
+        load_E = tokens.total(count_load(expert_TE, keep_TE, config.experts.count))
+        importance_E = mean_probability(gate_TE, tokens)
+    return Routing(expert_TE, gate_TE, keep_TE, load_E, importance_E, logits_TEC, mix.dispatch, {}, mix), {}
+
+
+ROUTES: dict[bool, Callable[..., tuple[Routing, dict[str, Tensor]]]] = {False: sparse_route_forward, True: soft_route_forward}
+"""By whether the router mixes tokens instead of sending them (`reference.choices.Choice.mixes`)."""
+
+
+def route_forward(
+    x_TD: Tensor, params: Params, config: MoEConfig, tokens: TokenInfo, *,
+    training: bool = False, rng: torch.Generator | None = None, replay: Any = None,
+) -> tuple[Routing, dict[str, Tensor]]:  # fmt: skip
+    """(routing, the unweighted losses by name), by the way of the config's rule."""
+    route_by = ROUTES[NUMPY_CHOICES[config.gating.choice].mixes]
+    return route_by(x_TD, params, config, tokens, training=training, rng=rng, replay=replay)
+
+
+def check_mix(routing: Routing, config: MoEConfig) -> None:
+    """ValueError where a router that mixes has recorded no mix, or one that sends has."""
+    mixes = NUMPY_CHOICES[config.gating.choice].mixes
+    found = "None" if routing.mix is None else "a mix"
+    require(mixes == (routing.mix is not None), f"gating.choice is {config.gating.choice!r}, but routing.mix is {found}")
+
+
+def mixed(x_TD: Tensor, routing: Routing, apply: Callable[[Tensor, Routing], Tensor]) -> Tensor:
+    """What `apply` makes of the tokens x and their routing, or of Soft MoE's slots as tokens, and of these the tokens' means (soft-moe)."""
+    if routing.mix is None:
+        return apply(x_TD, routing)
+
+    def apply_to_slots(rows_ND: Tensor, expert_N: Tensor) -> Tensor:
+        gate_N1 = torch.ones(len(rows_ND), 1, device=rows_ND.device, dtype=routing.gate.dtype)
+        nothing = gate_N1.new_zeros(0)
+        slots = Routing(expert_N[:, None], gate_N1, gate_N1.bool(), nothing, nothing, nothing, nothing, {})
+        return apply(rows_ND, slots)
+
+    return mix_forward(x_TD, routing.mix, apply_to_slots)
 
 
 def route(
@@ -202,7 +257,8 @@ def apply_experts_forward(x_TD: Tensor, routing: Routing, params: Params, config
     gate_TK = routing.gate
     if config.experts.gate_inputs:
         rows_ND, gate_TK = gate_rows_forward(rows_ND, gate_TK, dispatch), torch.ones_like(gate_TK)
-    out_ND = experts_forward(rows_ND, dispatch.bounds_P, params, config.experts)
+    factor = dropout_factors(routing.draws, dispatch, config.experts, rows_ND.dtype)
+    out_ND = experts_forward(rows_ND, dispatch.bounds_P, params, config.experts, factor)
     return combine_forward(out_ND, gate_TK, dispatch).to(x_TD.dtype)
 
 
@@ -210,7 +266,8 @@ def apply_experts(x_TD: Tensor, routing: Routing, params: Params, config: MoECon
     """The second seam: y [T, D] of the routed experts for a given routing (no shared experts)."""
     check_input(x_TD, config)
     check_params(x_TD, params, config, ("experts",))
-    return apply_experts_forward(x_TD, routing, params, config)
+    check_mix(routing, config)
+    return mixed(x_TD, routing, lambda rows, own: apply_experts_forward(rows, own, params, config))
 
 
 def loss_weights(config: MoEConfig, penalty: Tensor | None) -> dict[str, Any]:
@@ -227,9 +284,14 @@ def update_penalty(penalty: Tensor, load_E: Tensor, tokens: int, config: MoEConf
 
 
 def update_bias(correction_bias: Tensor, load_E: Tensor, config: MoEConfig) -> Tensor:
-    """The correction bias [E] after one optimizer step, by config.balance's rule; load [E] summed over micro-batches and ranks."""
+    """The correction bias [E] after one optimizer step, by config.balance's rule; load [E] summed over micro-batches and ranks.
+
+    The biases of zero-computation experts stay.
+    """
     require(load_E.shape == correction_bias.shape, f"load has shape {tuple(load_E.shape)}; the bias has {tuple(correction_bias.shape)}")
-    return BIAS_RULES[config.balance.bias_rule](correction_bias, load_E, config.balance.bias_rate)
+    networks = config.experts.networks
+    moved = BIAS_RULES[config.balance.bias_rule](correction_bias, load_E, config.balance.bias_rate)
+    return torch.cat([moved[:networks], correction_bias[networks:]])
 
 
 class Part(nn.Module):
@@ -323,7 +385,7 @@ class MoE(nn.Module):
         tokens = token_info(x.shape[:-1], token_ids, group_ids, pad_mask, device=x.device)
         x_TD = x.flatten(0, -2)
         routing, losses = self.route_tokens(x_TD, tokens, replay)
-        y_TD = self.apply_all_experts(x_TD, routing, tokens.real_T)
+        y_TD = mixed(x_TD, routing, lambda rows, own: self.apply_all_experts(rows, own, tokens.real_T))
         weights = loss_weights(self.config, self.tensors().get("router.penalty"))
         weighted = [(weights[name] * value).to(value.dtype) for name, value in losses.items()]
         loss = torch.stack(weighted).sum() if weighted else routing.gate.new_zeros(())

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+
+from torch import nn
 
 from ..config import BalanceConfig, ExpertsConfig, GatingConfig, MoEConfig, ScoresConfig, require
 from ..model_config import AttentionConfig, ModelConfig
 from ..text import Corpus
+from .layer import MoE
 from .training import TrainConfig, train
 
 TOUR_MODEL = ModelConfig(
@@ -54,10 +58,12 @@ MODEL_TRAIN = replace(
 """The committed model."""
 
 
-def steps_in(seconds: float, model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus) -> int:
+def steps_in(
+    seconds: float, model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus, *, moe_class: Callable[..., nn.Module] = MoE
+) -> int:
     """How many steps of `train_config` fit into this many seconds on this machine, at least 1: measured on five steps after three."""
     require(seconds > 0, f"seconds is {seconds}; it must be > 0")
     times: list[float] = []
     probe = replace(train_config, steps=8, log_every=1, evaluate_every=0, checkpoint_every=0, warmup=0)
-    train(model_config, probe, corpus, progress=False, callback=lambda row, model: times.append(time.perf_counter()))
+    train(model_config, probe, corpus, moe_class=moe_class, progress=False, callback=lambda row, model: times.append(time.perf_counter()))
     return max(1, int(seconds * 5 / (times[-1] - times[2])))

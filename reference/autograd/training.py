@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,6 +132,59 @@ class TrainResult(NamedTuple):
     record: dict[str, Any]
 
 
+class OneProcess:
+    """Where a run takes place: here, in this process. A subclass spreads it over several, and replaces what is different there.
+
+    leader: whether this process writes files and shows progress;  path: numbers that its draws depend on beside seed and step
+    """
+
+    leader: bool = True
+    path: tuple[int, ...] = ()
+
+    def place(self, model: LanguageModel) -> None:
+        """Spread a fresh model, before its optimizer is made."""
+
+    def own(self, windows: np.ndarray) -> np.ndarray:
+        """This process's sequences of a micro-batch."""
+        return windows
+
+    def norm(self, model: nn.Module) -> Tensor:
+        """The norm of the whole batch's gradients, once these are complete on every process."""
+        return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+    def clip(self, model: nn.Module, limit: float, norm: Tensor) -> None:
+        """Scale the gradients so that `norm`, which is theirs, is at most `limit`."""
+        nn.utils.clip_grads_with_norm_(list(model.parameters()), limit, norm)
+
+    def observe(self, means: list[float], kept: dict[int, int], load: dict[int, Tensor]) -> tuple[list[float], dict[int, int]]:
+        """(means, kept) of a step over all processes, where these are of one; load is of all already."""
+        return means, kept
+
+    def facts(self) -> Row:
+        """What a log row says of the last step beside the rest."""
+        return {}
+
+    def report(self) -> str:
+        """The same for the progress bar."""
+        return ""
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """All of a tensor of which this process may hold a part."""
+        return tensor
+
+    def part(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """The inverse: what this process holds of a tensor that is spread like `like`."""
+        return tensor.to(like.device)
+
+    def load(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Read one process's state dict into a model that has been placed."""
+        model.load_state_dict(state)
+
+    def write(self, act: Callable[[], object]) -> None:
+        """Do on one process what is to be done once."""
+        act()
+
+
 class Run(NamedTuple):
     """What a run carries from step to step."""
 
@@ -140,6 +194,7 @@ class Run(NamedTuple):
     corpus: Corpus
     fingerprint: str
     log: list[Row]
+    processes: OneProcess = OneProcess()
 
 
 class StepResult(NamedTuple):
@@ -167,14 +222,17 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over two groups, with and without decay. Gradients start as zeros, so that every parameter has moments from step 1."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    for _, parameter in named:
-        parameter.grad = torch.zeros_like(parameter)
-    groups = [
-        {"params": [p for name, p in named if decays(name, p) is decay], "weight_decay": config.weight_decay if decay else 0.0}
-        for decay in (True, False)
-    ]
+    """AdamW over two groups, with and without decay, of each kind of tensor: the fused step refuses plain and distributed ones together.
+
+    Gradients start as zeros, so that every parameter has moments from step 1.
+    """
+    members: dict[tuple[bool, Any], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+            members.setdefault((not decays(name, parameter), getattr(parameter, "device_mesh", None)), []).append(parameter)
+    ordered = sorted(members.items(), key=lambda item: item[0][0])
+    groups = [{"params": own, "weight_decay": 0.0 if free else config.weight_decay} for (free, _), own in ordered]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
@@ -213,27 +271,28 @@ def forward_backward(model: LanguageModel, windows: np.ndarray, config: TrainCon
 def optimizer_step(run: Run, step: int, windows: np.ndarray) -> StepResult:
     """One step on one batch; skipped as a whole, bias update included, where a gradient is NaN or infinite."""
     model, config = run.model.train(), run.config
-    run.optimizer.zero_grad(set_to_none=False)
+    for parameter in model.parameters():  # not the optimizer's own, which refuses plain and distributed tensors together
+        if parameter.grad is not None:
+            parameter.grad.zero_()
     losses, load, kept = [], {}, {}
     for number, micro in enumerate(np.split(windows, config.accumulation)):
-        with _seeded(config.seed, step, number):
-            loss, ce, aux = forward_backward(model, micro, config)
+        with _seeded(config.seed, step, number, *run.processes.path):
+            loss, ce, aux = forward_backward(model, run.processes.own(micro), config)
         losses.append((loss, ce))
         for layer, routing in aux.routing.items():
             load[layer] = load.get(layer, 0) + routing.load
             kept[layer] = kept.get(layer, 0) + int(routing.keep.sum())
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    norm = run.processes.norm(model)
     skipped = None if math.isfinite(norm.item()) else f"the gradients' norm is {norm.item()}"
     if skipped is None:
         if config.clip:
-            nn.utils.clip_grads_with_norm_(list(model.parameters()), config.clip, norm)
+            run.processes.clip(model, config.clip, norm)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         run.optimizer.step()
         model.update_bias(load)
         model.update_penalty(load, windows[:, 1:].size)
-    loss, ce = np.mean(losses, axis=0).tolist()
+    (loss, ce), kept = run.processes.observe(np.mean(losses, axis=0).tolist(), kept, load)
     return StepResult(loss, ce, load, kept, norm.item(), skipped)
 
 
@@ -264,6 +323,7 @@ def _row(run: Run, step: int, result: StepResult, speed: float) -> Row:
     row |= {"grad_norm": _finite(result.norm), "tokens_per_second": round(speed, 1)}
     row["max_vio"] = {str(layer): max_violation(load) for layer, load in loads.items()}
     row |= {"dead_experts": sum(map(dead_experts, loads.values())), "drop_rate": 1 - kept / picked if picked else 0.0}
+    row |= run.processes.facts()
     if result.skipped:
         row["skipped"] = result.skipped
     if run.config.evaluate_every and (step % run.config.evaluate_every == 0 or step == run.config.steps):
@@ -283,8 +343,10 @@ def _check_patience(log: list[Row], step: int, patience: int) -> None:
 
 def _state(run: Run, step: int) -> Checkpoint:
     names: dict[Tensor, str] = {p: name for name, p in run.model.named_parameters()}
-    moments = {f"{moment}.{names[p]}": state[moment] for p, state in run.optimizer.state.items() for moment in MOMENTS}
-    return Checkpoint(step, run.model.config, run.config.to_dict(), run.fingerprint, dict(run.model.state_dict()), moments, run.log)
+    whole = run.processes.whole
+    moments = {f"{moment}.{names[p]}": whole(state[moment]) for p, state in run.optimizer.state.items() for moment in MOMENTS}
+    model = {name: whole(tensor) for name, tensor in run.model.state_dict().items()}
+    return Checkpoint(step, run.model.config, run.config.to_dict(), run.fingerprint, model, moments, run.log)
 
 
 FREE_FIELDS = frozenset({"checkpoint_every", "keep"})  # they change what is stored and nothing that is computed
@@ -299,9 +361,10 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
     differing += [("corpus", checkpoint.fingerprint, run.fingerprint)] if checkpoint.fingerprint != run.fingerprint else []
     for name, before, now in differing:
         raise ValueError(f"the checkpoint was written with {name} = {before!r}, but this run has {now!r}")
-    run.model.load_state_dict(checkpoint.model)
+    run.processes.load(run.model, checkpoint.model)
     for name, parameter in run.model.named_parameters():
-        run.optimizer.state[parameter] = {moment: checkpoint.optimizer[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS}
+        moments = {moment: checkpoint.optimizer[f"{moment}.{name}"] for moment in MOMENTS}
+        run.optimizer.state[parameter] = {moment: run.processes.part(tensor, parameter) for moment, tensor in moments.items()}
     run.log.extend(checkpoint.log)
 
 
@@ -334,21 +397,23 @@ def _progress_bar(enabled: bool) -> Progress:
     return Progress(*columns, disable=not enabled)
 
 
-def _report(result: StepResult, speed: float) -> str:
+def _report(result: StepResult, speed: float, more: str) -> str:
     violation = max((max_violation(load.cpu().numpy()) for load in result.load.values()), default=0.0)
-    return f"loss {result.loss:.3f}  {speed:,.0f} tokens/s  MaxVio {violation:.2f}"
+    return f"loss {result.loss:.3f}  {speed:,.0f} tokens/s  MaxVio {violation:.2f}{more}"
 
 
 def train(
     model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus, *,
     moe_class: Callable[..., nn.Module] = MoE, out: str | os.PathLike[str] | None = None, resume: bool = True,
     progress: bool = True, callback: Callable[[Row, LanguageModel], None] | None = None, device: torch.device | str | None = None,
+    processes: OneProcess = OneProcess(),  # noqa: B008 (it has no state)
 ) -> TrainResult:  # fmt: skip
     """Train a language model on `corpus.train`.
 
     moe_class  the class of its MoE layers;  device: where (None: torch's default)
     out        directory for checkpoints; with resume, a run found there goes on from its newest one
     callback   called with every log row and the model
+    processes  over which the run is spread; all of them call this function with the same arguments
     Same configs and text: the same parameters, moments and log, bit for bit, tokens_per_second aside, with or without interruptions.
     Raises: ValueError for text that the configs do not fit, or checkpoints of another run; FloatingPointError after `patience` steps in a
     row with NaN or infinite gradients.
@@ -357,9 +422,10 @@ def train(
     with _seeded(train_config.seed):
         model = LanguageModel(model_config, moe_class=moe_class, device=device, dtype=DTYPES[train_config.dtype][0])
     model.activation_checkpointing = train_config.activation_checkpointing
-    run = Run(model, make_optimizer(model, train_config), train_config, corpus, corpus.fingerprint(), [])
+    processes.place(model)
+    run = Run(model, make_optimizer(model, train_config), train_config, corpus, corpus.fingerprint(), [], processes)
     first = _start(run, out, resume)
-    with _progress_bar(progress) as bar:
+    with _progress_bar(progress and processes.leader) as bar:
         task = bar.add_task("train", total=train_config.steps, completed=first, report="")
         for step in range(first + 1, train_config.steps + 1):
             began = time.perf_counter()
@@ -374,7 +440,7 @@ def train(
             if out is not None and (
                 step == train_config.steps or (train_config.checkpoint_every and step % train_config.checkpoint_every == 0)
             ):
-                save(out, _state(run, step), keep=train_config.keep)
-            bar.update(task, completed=step, report=_report(result, speed))
+                processes.write(partial(save, out, _state(run, step), keep=train_config.keep))
+            bar.update(task, completed=step, report=_report(result, speed, processes.report()))
     record = {"train_config": train_config.to_dict(), "fingerprint": run.fingerprint, "step": train_config.steps, "log": run.log}
     return TrainResult(model.eval(), run.log, record)

@@ -190,7 +190,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.d_model, eps=NORM_EPS, **factory)
         self.is_moe = config.is_moe(layer)
         if self.is_moe:
-            self.mlp = moe_class(config.moe, **factory)
+            self.mlp = moe_class(config.layer_moe(layer), **factory)
         else:
             self.mlp = DenseFFN(config.d_model, config.dense_width, config.dense_activation, **factory)
 

@@ -1,13 +1,13 @@
 """The bug museum: real mistakes of real Mixture-of-Experts code, each beside the check that catches it.
 
-Six rooms, one file each (`museum_losses`, `museum_gates`, …), hold the pieces; a piece is a `Bug`: where it was seen,
+Seven rooms, one file each (`museum_losses`, `museum_gates`, …), hold the pieces; a piece is a `Bug`: where it was seen,
 the wrong function, the right one (the reference's), and a check that accepts only the right one.
 """
 
 from __future__ import annotations
 
 from ..config import require
-from . import museum_capacity, museum_experts, museum_gates, museum_layer, museum_losses, museum_routers
+from . import museum_capacity, museum_experts, museum_gates, museum_layer, museum_losses, museum_routers, museum_soft
 from .exhibit import Bug
 
 ROOMS: dict[str, tuple[Bug, ...]] = {
@@ -17,6 +17,7 @@ ROOMS: dict[str, tuple[Bug, ...]] = {
     "experts": museum_experts.BUGS,
     "layer": museum_layer.BUGS,
     "routers": museum_routers.BUGS,
+    "soft": museum_soft.BUGS,
 }
 MUSEUM: dict[str, Bug] = {bug.name: bug for room in ROOMS.values() for bug in room}
 

@@ -216,7 +216,7 @@ def _compare_exactly(name: str, candidate: NDArray, truth: NDArray, dtype: str) 
     wrong = candidate != truth
     if not np.any(wrong):
         return Report(name, dtype, (Verdict(name, 0.0, 0.0, 0.0, ()),))
-    worst = tuple(axis[0] for axis in np.nonzero(wrong))
+    worst = tuple(np.argwhere(wrong)[0])
     return _refused(name, dtype, f"{_first(candidate, wrong)} instead of {truth[worst]} ({np.count_nonzero(wrong)} of {wrong.size} differ)")
 
 
@@ -225,7 +225,7 @@ def _refused(name: str, dtype: str, why: str) -> Report:
 
 
 def _first(array: NDArray, where: NDArray) -> str:
-    index = tuple(axis[0] for axis in np.nonzero(where))
+    index = tuple(np.argwhere(where)[0])
     return f"{array[index]} at {_index(index)}"
 
 

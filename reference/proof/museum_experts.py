@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -9,13 +11,15 @@ import numpy as np
 from ..config import ExpertsConfig, GatingConfig, MoEConfig, ScoresConfig
 from ..dispatch import DispatchCache, combine_forward, dispatch_forward
 from ..experts import CLAMP, Params, clamped_swiglu_forward, concatenate_gate_up
-from ..layer import init_params, moe_forward
+from ..layer import init_params, moe_forward, parameter_shapes
 from ..scores import sigmoid
 from .exhibit import Bug, expect
 
 D, E = 6, 4
 QWEN2 = MoEConfig(D, gating=GatingConfig(top_k=2), experts=ExpertsConfig(E, 5, shared=1, shared_gate="sigmoid"))
 LLAMA4 = MoEConfig(D, ScoresConfig("sigmoid"), experts=ExpertsConfig(E, 5, gate_inputs=True))
+TWO = MoEConfig(D, ScoresConfig("identity"), GatingConfig(top_k=2, normalize="softmax"), experts=ExpertsConfig(2, 5))
+COPIES = dataclasses.replace(TWO, experts=ExpertsConfig(4, 5, zero_computation=(("copy", 2),)))
 Rows = Callable[[np.ndarray], np.ndarray]
 
 
@@ -62,6 +66,23 @@ def gates_bend_with_the_expert(layer: Callable[[np.ndarray, Params], np.ndarray]
     expert_0 = moe_forward(x_TD, params, MoEConfig(D, ScoresConfig("sigmoid"), experts=ExpertsConfig(E, 5)))[0].y / 0.5
     ratio = float(np.abs(ungated).sum() / np.abs(expert_0).sum())
     expect(abs(ratio - 1) < 1e-3, f"a gate of ½ on inputs acts as {ratio / 4:.3f} on the output instead of ¼")
+
+
+def only_networks_have_matrices(shapes: Callable[[MoEConfig], dict[str, tuple[int, ...]]]) -> None:
+    """Two experts more that copy their input cost two rows of the router, and nothing else."""
+    found = sum(math.prod(shape) for shape in shapes(COPIES).values()) - sum(math.prod(shape) for shape in shapes(TWO).values())
+    expect(found == 2 * D, f"two experts that copy brought {found} parameters instead of {2 * D}")
+
+
+def a_copy_is_the_input(layer: Callable[[np.ndarray, Params], np.ndarray]) -> None:
+    """A token that goes to copies alone, with gates that sum to 1, comes back as it was, and its caller's array stays as it is."""
+    rng = np.random.default_rng(0)
+    x_TD, params = np.abs(rng.standard_normal((7, D))), init_params(COPIES, rng)
+    params["router.weight"] = np.repeat([-9.0, -9.0, 9.0, 9.0], D).reshape(4, D)
+    before_TD = x_TD.copy()
+    found = float(np.abs(layer(x_TD, params) - before_TD).max())
+    expect(found < 1e-12, f"two copies under gates that sum to 1 change a token by {found:.3f}")
+    expect(bool((x_TD == before_TD).all()), "the caller's tokens were written to")
 
 
 def concatenated_first(rows: np.ndarray) -> np.ndarray:
@@ -126,6 +147,28 @@ def gated_outputs(x_TD: np.ndarray, params: Params) -> np.ndarray:
     return moe_forward(x_TD, params, MoEConfig(D, LLAMA4.scores, experts=ExpertsConfig(E, 5)))[0].y
 
 
+def own_matrices(config: MoEConfig) -> dict[str, tuple[int, ...]]:
+    """The reference."""
+    return parameter_shapes(config)
+
+
+def matrices_for_all(config: MoEConfig) -> dict[str, tuple[int, ...]]:
+    """Stacks a first matrix for every expert, those without a network included, which nothing ever reads."""
+    shapes = parameter_shapes(config)
+    return shapes | {"experts.gate_up_proj": (config.experts.count, *shapes["experts.gate_up_proj"][1:])}
+
+
+def copies(x_TD: np.ndarray, params: Params) -> np.ndarray:
+    """The reference."""
+    return moe_forward(x_TD, params, COPIES)[0].y
+
+
+def doubled_in_place(x_TD: np.ndarray, params: Params) -> np.ndarray:
+    """Multiplies the tokens by K in place, to make up for gates that sum to 1; a copy then answers with K times its input."""
+    x_TD *= COPIES.gating.top_k
+    return moe_forward(x_TD, params, COPIES)[0].y
+
+
 BUGS = (
     Bug("halves of alternating rows", "near: openai/gpt-oss gpt_oss/torch/model.py, whose layout differs from everybody's",
         split_in_halves, concatenated_first, alternating_rows_are_told_apart),
@@ -139,4 +182,8 @@ BUGS = (
         gate_over_everything, gated_shared, shared_experts_have_their_own_gate),
     Bug("input gates moved to the output", "near: Llama 4's released code; every model before it gates outputs",
         gated_outputs, gated_inputs, gates_bend_with_the_expert),
+    Bug("matrices for experts that have none", "huggingface/transformers modeling_longcat_flash.py: first matrices of 768 experts",
+        matrices_for_all, own_matrices, only_networks_have_matrices),
+    Bug("tokens doubled in place", "SkyworkAI/MoE-plus-plus MoE++/moe_plus_plus_layer.py, unless its configuration forbids it",
+        doubled_in_place, copies, a_copy_is_the_input),
 )  # fmt: skip

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .equal import STACKED_PREFIX, Outputs, Tolerance, rms
 
+NO_NETWORK = STACKED_PREFIX + "constant"  # what zero-computation experts learn
 _FLOAT64_ROUNDING = 64 * 2.0**-52
 
 
@@ -49,15 +50,16 @@ def layer_mutations(
     expert_TK: NDArray[np.integer],
     gate_TK: NDArray,
 ) -> Iterator[tuple[str, Outputs]]:
-    """Wrong layers, as (mutation, outputs): the expert with the largest sum of gates zeroed; the gates shifted by a slot.
+    """Wrong layers, as (mutation, outputs): the network with the largest sum of gates zeroed; the gates shifted by a slot.
 
     evaluate(params, gate_TK) gives the float64 outputs with these parameters and gates, everything else as it is.
     A dropped assignment should come with gate 0, so that the zeroed expert is one that is used.
     """
     if expert_TK.size:
+        stacked = {name: tensor for name, tensor in params.items() if name.startswith(STACKED_PREFIX)}
+        zeroed = {name: tensor.copy() for name, tensor in stacked.items() if not name.startswith(NO_NETWORK)}
         importance_E = np.bincount(expert_TK.ravel(), weights=np.abs(gate_TK).ravel())
-        expert = int(np.argmax(importance_E))
-        zeroed = {name: tensor.copy() for name, tensor in params.items() if name.startswith(STACKED_PREFIX)}
+        expert = int(np.argmax(importance_E[: min(map(len, zeroed.values()), default=None)]))
         for tensor in zeroed.values():
             tensor[expert] = 0
         yield f"expert zeroed: {expert}", evaluate({**params, **zeroed}, gate_TK)

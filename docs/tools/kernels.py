@@ -1,0 +1,131 @@
+"""Tables of the kernels' page: contracts from the docstrings, static figures from the committed result."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import sources
+from layout import digits, markdown
+
+from optimized.static import verdicts
+
+RESULT = "docs/results/kernels-3.7.1.json"
+PARTS = {"Grid:": "grid", "A program owns": "one program owns", "Equals:": "equals", "Rounds at:": "rounds", "Limits:": "limits"}
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "tf32": "tf32", "float32": "fp32", "int32": "int32"}
+Rows = Sequence[dict[str, Any]]
+
+
+@functools.cache
+def result() -> dict[str, Any]:
+    """The committed result of `moebius kernels --rejected`."""
+    return json.loads((sources.ROOT / RESULT).read_text(encoding="utf-8"))
+
+
+def contract(kernel: str) -> str:
+    """What a kernel promises: its docstring, part by part."""
+    tree = ast.parse(sources.find(f"optimized.kernels.{kernel}").text)
+    assert isinstance(tree.body[0], ast.FunctionDef)
+    told = " ".join((ast.get_docstring(tree.body[0]) or "").split())
+    pieces = re.split("(" + "|".join(map(re.escape, PARTS)) + ")", told)
+    named = {PARTS[key]: text.strip() for key, text in zip(pieces[1::2], pieces[2::2], strict=True)}
+    owns, _, arrays = named.pop("one program owns", "").partition(". ")
+    rows = [["computes", pieces[0].strip()], ["grid", named.pop("grid")]]
+    rows += [["one program owns", owns]] if owns else []
+    rows += [["arrays", arrays]] if arrays else []
+    return markdown(["`" + kernel + "`", ""], [[key, _safe(text)] for key, text in rows + list(named.items())], numbers=False)
+
+
+def _safe(text: str) -> str:
+    return text.rstrip(".").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+
+def _span(values: Sequence[float], places: int = 0) -> str:
+    low, high = digits(min(values), places), digits(max(values), places)
+    return low if low == high else f"{low} – {high}"
+
+
+def _tile(blocks: dict[str, int]) -> str:
+    return "×".join(str(blocks[part]) for part in ("rows", "columns", "depth", "block") if blocks.get(part))
+
+
+def _groups(rows: Rows) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["target"], tuple(row["dtypes"]), row["origin"], tuple(row["blocks"].items())), []).append(row)
+    return found
+
+
+def figures(*roles: str) -> str:
+    """The static figures of the kept blocks of some roles; over all specialisations the lowest and the highest."""
+    rows = [row for row in result()["rows"] if row["role"] in roles and row["origin"] != "rejected"]
+    shown = []
+    for (target, dtypes, origin, blocks), own in _groups(rows).items():
+        sizes, matrix = dict(blocks), sorted({row["matrix"] for row in own} - {""})
+        copies = [row["loop_async"] for row in own]
+        shown.append([
+            f"{target}{' *' if origin == 'alternative' else ''}", "/".join(SHORT[dtype] for dtype in dtypes), _tile(sizes),
+            f"{sizes['warps']}/{sizes['stages']}", _span([row["registers"] for row in own]), max(row["spilled"] for row in own),
+            _span([row["shared"] / 1024 for row in own]), _span([row["occupancy"] for row in own], 2),
+            f"{'/'.join(matrix)} × {_span([row['matrix_count'] for row in own])}" if matrix else "–",
+            _span(copies) if any(copies) else "–",
+        ])  # fmt: skip
+    header = ["target", "dtype", "blocks", "warps/stages", "registers", "spills", "shared, KiB", "occupancy", "matrix", "async in loop"]
+    return markdown(header, shown)
+
+
+def rejections() -> str:
+    """Every block size that was tried and refused, its worst fault, and how many of its specialisations have one."""
+    groups: dict[tuple[str, ...], list[tuple[int, str]]] = {}
+    for row in (row for row in result()["rows"] if row["origin"] == "rejected"):
+        blocks, found = row["blocks"], verdicts.faults(row)
+        where = f"{'/'.join(SHORT[dtype] for dtype in row['dtypes'])}, {', '.join(row['models'])}"
+        key = row["target"], row["role"], _tile(blocks), f"{blocks['warps']}/{blocks['stages']}"
+        groups.setdefault(key, []).append((row.get("spilled", 0), f"{found[0]} ({where})" if found else ""))
+    shown = [[*key, max(own)[1], f"{sum(bool(text) for _, text in own)} of {len(own)}"] for key, own in groups.items()]
+    return markdown(["target", "kernel", "blocks", "warps/stages", "the worst fault", "faulty"], shown, numbers=False)
+
+
+def layers() -> str:
+    """One layer of every model: launches, bytes and FLOPs against what has to be."""
+    shown = []
+    for layer in result()["layers"]:
+        products = {role: done for role, done in layer["work"].items() if done["useful"]}
+        others = [done["touched"] / done["least"] for role, done in layer["work"].items() if role not in products]
+        flops, bound = max((done["executed"] / done["useful"], done["bound"]) for done in products.values())
+        moved = max(done["touched"] / done["least"] for done in products.values())
+        launches = f"{layer['launches']['forward']} + {layer['launches']['backward']}"
+        shown.append([layer["model"], layer["target"], launches, *(digits(value) for value in (moved, max(others), flops, bound))])
+    return markdown(["model", "target", "launches", "bytes, products", "bytes, others", "FLOPs", "FLOPs may be"], shown)
+
+
+def counts() -> dict[str, Any]:
+    """What the page's sentences say about the result."""
+    data = result()
+    kept = [row for row in data["rows"] if row["origin"] != "rejected"]
+    return {
+        "triton": data["triton"], "kept": len(kept), "spilled": sum(row["spilled"] for row in kept), "tokens": data["layers"][0]["tokens"],
+        "bytes": digits(verdicts.MOST_BYTES["up"], 2), "other_bytes": digits(verdicts.MOST_BYTES["combine"], 2),
+        "launches": _span([part for layer in data["layers"] for part in (layer["launches"]["forward"], layer["launches"]["backward"])]),
+        "rejected": len({(row["target"], row["role"], *row["blocks"].values()) for row in data["rows"] if row["origin"] == "rejected"}),
+    }  # fmt: skip
+
+
+KERNELS: dict[str, tuple[str, ...]] = {
+    "route_kernel": ("route",), "route_backward_kernel": ("router's gradient",), "histogram_kernel": ("histogram",),
+    "scan_kernel": ("scan",), "scatter_kernel": ("scatter",), "restore_kernel": ("restore",), "project_up_kernel": ("up",),
+    "expert_product_kernel": ("down", "rows' gradient"), "combine_kernel": ("combine", "input's gradient"),
+    "activation_gradient_kernel": ("activation's gradient",), "weight_gradient_kernel": ("up's gradient", "down's gradient"),
+}  # fmt: skip
+
+TABLES: dict[str, Callable[[], str]] = {
+    **{f"contract {kernel}": partial(contract, kernel) for kernel in KERNELS},
+    **{f"figures {kernel}": partial(figures, *roles) for kernel, roles in KERNELS.items()},
+    "kernel-rejections": rejections,
+    "kernel-layers": layers,
+}

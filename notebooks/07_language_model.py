@@ -1,0 +1,236 @@
+# needs: torch, rich, safetensors
+# %% [markdown]
+# # 07 · A tiny MoE language model: train, look inside, generate
+#
+# Everything so far was one layer. Here are four of them in a Transformer that reads real text byte by byte. You train a small one, then
+# open one that was trained for longer and ask what its experts have become experts *in*. Two ideas are new: **bits per byte**, and
+# **specialization measured against chance**.
+#
+# Before each result, write down what you expect, and only then run the cell.
+#
+# Read along: {{docs/chapters/losses.md}} · the text: {{reference/text.py}} · the model: {{reference/autograd/transformer.py}} · before
+# this: [06](06_bias_controller.ipynb)
+
+# %%
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from notebooks import plots
+from notebooks.checks import check
+from optimized.tour import read_committed
+from reference.autograd import routing_to_numpy
+from reference.autograd.sampling import sample
+from reference.autograd.tour_model import TOUR_MODEL, TOUR_TRAIN
+from reference.autograd.training import heldout_bits, train
+from reference.specialization import domain_expert_share, measure, mutual_information
+from reference.text import decode, encode, heldout_windows, load_corpus
+
+torch.set_num_threads(1)
+corpus = load_corpus()
+for domain in corpus.domains:
+    lines = [line.strip() for line in decode(corpus.heldout[domain][:1000]).split("\n")]
+    example = next(line for line in lines if len(line) > 10)
+    print(f"{domain:>10}: {corpus.train[domain].size / 1e6:.1f} MB to learn from, for instance {example[:60]!r}")
+
+# %% [markdown]
+# Nothing was downloaded: this is Python's own library, its own documentation, and arithmetic ({{reference.text.load_corpus}}).
+#
+# ## 1 · Bits per byte
+#
+# A language model says how likely each next byte is. −log₂ of that probability, averaged, is how many bits it needs per byte: a perfect
+# compressor would store the text in that many.
+#
+# **Predict.** How many bits does a model need that finds all 256 bytes equally likely? And one that knows only how frequent each byte is?
+
+# %%
+for domain in corpus.domains:
+    count_V = np.bincount(corpus.train[domain], minlength=256) + 1
+    bits_V = -np.log2(count_V / count_V.sum())
+    print(f"{domain:>10}: all alike {np.log2(256):.2f}, by frequency {bits_V[corpus.heldout[domain]].mean():.2f} bits per byte")
+
+# %% [markdown]
+# ## 2 · Train
+#
+# The layer is DeepSeek-V3's at a very small size: 16 experts, 4 of them and a shared one for each byte, sigmoid scores, a bias that
+# evens the load. 120 steps take some seconds.
+#
+# **Predict.** Will 120 steps beat the frequencies? In which domain by most?
+
+# %%
+gating = replace(TOUR_MODEL.moe.gating, groups=1, top_groups=1)
+small = replace(
+    TOUR_MODEL,
+    moe=replace(TOUR_MODEL.moe, d_model=64, gating=gating, balance=replace(TOUR_MODEL.moe.balance, bias_rate=0.01)),
+    attention=replace(TOUR_MODEL.attention, heads=2, kv_heads=1),
+    layers=2,
+    dense_width=128,
+)
+settings = replace(TOUR_TRAIN, steps=120, length=64, lr=8e-3, warmup=20, log_every=2, evaluate_every=0)
+result = train(small, settings, corpus, progress=False)
+step = np.array([row["step"] for row in result.log])
+bits = np.array([row["ce"] for row in result.log]) / np.log(2)
+plots.curves(step, {"this model": bits, "all bytes alike": np.full(len(step), 8.0)}, "step", "bits per byte while training")
+trained = heldout_bits(result.model, corpus, 64, count=16, batch=16)
+print("on text it has never seen:", {domain: round(value, 1) for domain, value in trained.items()})
+
+# %% [markdown]
+# **Predict.** The bias starts at 0. Does the load even out in 120 steps (MaxVio, as in notebook 06)? Was any expert ever without a token?
+
+# %%
+violation = np.array([row["max_vio"]["1"] for row in result.log])
+dead = [row["dead_experts"] for row in result.log]
+plots.curves(step, {"MaxVio": violation}, "step", "how far the busiest expert is above the mean")
+print(f"MaxVio {violation[0]:.1f} at the start, {violation[-5:].mean():.1f} at the end")
+print(f"experts without a token: at most {max(dead)}, at the end {dead[-1]}")
+
+# %% [markdown]
+# ## 3 · A model that was trained for longer
+#
+# The repository holds a larger sibling: 4 layers, 4,000 steps ({{reference/autograd/tour_model.py}}), with its log.
+#
+# **Predict.** How many bits per byte does it need? Which of the three domains can *not* be learned much further, however long one
+# trains? (What is random in it?)
+
+# %%
+model, record = read_committed()
+step = np.array([row["step"] for row in record["log"]])
+curve = np.array([row["ce"] for row in record["log"]]) / np.log(2)
+smooth = np.convolve(curve, np.ones(10) / 10, "valid")
+plots.curves(step[9:], {"mean of ten": smooth}, "step", "bits per byte of the committed model while it was trained")
+longer = heldout_bits(model, corpus, 256, count=8, batch=8)
+print("held out:", {domain: round(value, 1) for domain, value in longer.items()})
+
+# %% [markdown]
+# The operands of the arithmetic are drawn at random; no model can know them, and only what stands behind the “=” can be learned. That is
+# why this model, which is far better at code, has gained so little there.
+#
+# ## 4 · Who goes where?
+#
+# Take held-out text of the three domains and count, for each domain, how its assignments are spread over the 16 experts
+# ({{reference.specialization.domain_expert_share}}).
+#
+# **Predict.** If experts did not care about domains, every cell would be 1/16 = 0.06. Will some expert be for arithmetic alone? In the
+# first MoE layer or in the last one?
+
+# %%
+WINDOWS, LENGTH = 8, 128
+tokens_BS = torch.from_numpy(np.concatenate([heldout_windows(corpus, domain, LENGTH, WINDOWS) for domain in corpus.domains]))
+with torch.no_grad():
+    routings = {layer: routing_to_numpy(routing) for layer, routing in model.eval()(tokens_BS)[1].routing.items()}
+label_T = np.repeat(np.arange(3), WINDOWS * LENGTH)
+sequence_T = np.repeat(np.arange(3 * WINDOWS), LENGTH)
+share_VE = np.concatenate([domain_expert_share(routing.expert, label_T, 16) for routing in routings.values()])
+names = [f"layer {layer}, {domain}" for layer in routings for domain in corpus.domains]
+plots.table(share_VE, names, "share of each expert in a domain's assignments", "expert")
+for layer in routings:
+    busiest = [int(share_VE[names.index(f"layer {layer}, {domain}")].argmax()) for domain in corpus.domains]
+    print(f"layer {layer}: the expert that each domain uses most:", dict(zip(corpus.domains, busiest, strict=True)))
+
+# %% [markdown]
+# Some cells stand out and none is empty: every expert serves every domain.
+#
+# ## 5 · How much is that? (exercise)
+#
+# Count with one number: how many **bits does an expert tell about the domain**? With p(v, e) the share of all assignments that have
+# label v and expert e, and p(v), p(e) its sums,
+#
+# $$I = \sum_{v,e} p(v,e) \log_2 \frac{p(v,e)}{p(v)\,p(e)}$$
+#
+# Each of a token's K assignments counts once.
+#
+# **Predict.** What is I if every domain had its own experts? If experts did not care?
+#
+# <details><summary>Hint 1</summary><code>np.add.at(table, (label_T[:, None], expert_TK), 1)</code> counts every assignment.</details>
+# <details><summary>Hint 2</summary>Cells that are 0 contribute 0, but NumPy's 0 · log 0 is NaN. Sum over the others only.</details>
+
+
+# %% EXERCISE
+def information(expert_TK: np.ndarray, label_T: np.ndarray) -> float:
+    """How many bits the expert of an assignment tells about its token's label."""
+    raise NotImplementedError
+
+
+# %% SOLUTION
+def information(expert_TK: np.ndarray, label_T: np.ndarray) -> float:
+    """How many bits the expert of an assignment tells about its token's label."""
+    joint_VE = np.zeros((label_T.max() + 1, expert_TK.max() + 1))
+    np.add.at(joint_VE, (label_T[:, None], expert_TK), 1 / expert_TK.size)
+    independent_VE = joint_VE.sum(1, keepdims=True) * joint_VE.sum(0)
+    seen_VE = joint_VE > 0
+    return float((joint_VE[seen_VE] * np.log2(joint_VE[seen_VE] / independent_VE[seen_VE])).sum())
+
+
+# %%
+check("information", information)
+
+# %% [markdown]
+# ## 6 · Against chance
+#
+# From finitely many tokens the estimate is above 0 even where there is nothing: some expert always happens to lean somewhere. So deal the
+# labels out anew, sequence by sequence, many times, and see what chance alone gives ({{reference.specialization.measure}}).
+#
+# **Predict.** Of at most log₂ 3 = 1.58 bits: how many will the real labels have, and how many the shuffled ones?
+
+# %%
+for layer, routing in routings.items():
+    found = measure(routing.expert, label_T, np.random.default_rng(layer), group_ids=sequence_T, permutations=100)
+    print(f"layer {layer}: {found.information:.2f} bits, by chance {found.null_mean:.2f} (at most {found.null_high:.2f})")
+
+# %% [markdown]
+# More than chance, and far from 1.58. The experts know something about domains, but domains are not what they are for.
+#
+# **Predict.** Ask the same of another label: the byte itself, its class (letter, digit, space, sign). More bits or fewer?
+
+# %%
+letters, digits, spaces = (np.isin(np.arange(256), encode(text)) for text in ("abcdefghijklmnopqrstuvwxyz", "0123456789", " \n\t"))
+class_V = np.select([letters, digits, spaces], [0, 1, 2], default=3)
+class_T = class_V[tokens_BS.numpy().ravel()]
+for layer, routing in routings.items():
+    by_domain, by_class = mutual_information(routing.expert, label_T), mutual_information(routing.expert, class_T)
+    print(f"layer {layer}: {by_domain:.2f} bits about the domain, {by_class:.2f} about the class of the byte")
+
+# %% [markdown]
+# What a byte *is* counts for more than where it comes from. A picture of one line, byte by byte:
+#
+# **Predict.** Take two bytes of the held-out text. How many of their 4 experts do they share if they are any two, if they are neighbours,
+# if they are the same byte?
+
+# %%
+line = "def area(w): return w * 12 + 3"
+with torch.no_grad():
+    routing = routing_to_numpy(model(torch.from_numpy(encode(line))[None])[1].routing[1])
+gate_ES = np.zeros((16, len(line)))
+np.put_along_axis(gate_ES.T, routing.expert, routing.gate, axis=1)
+plots.table(gate_ES, [str(expert) for expert in range(16)], "the gates of each byte in layer 1", "byte", [*line.replace(" ", "␣")])
+
+own_TE = np.zeros((len(label_T), 16))
+np.put_along_axis(own_TE, routings[1].expert, 1, axis=1)
+byte_T = tokens_BS.numpy().ravel()
+shared_TT, other_TT = own_TE @ own_TE.T, ~np.eye(len(byte_T), dtype=bool)
+pairs = {
+    "any two": other_TT,
+    "neighbours": np.eye(len(byte_T), k=1, dtype=bool),
+    "the same byte": other_TT & (byte_T[:, None] == byte_T),
+}
+for name, pair_TT in pairs.items():
+    print(f"{name:>13}: {shared_TT[pair_TT].mean():.1f} of 4 experts in common")
+
+# %% [markdown]
+# ## 7 · Generate
+#
+# **Predict.** What will the committed model get right: spelling, indentation, brackets, sums?
+
+# %%
+for prompt in ("def area(width, height):\n", "If the argument is ", "7 + 5 = "):
+    text = decode(list(sample(model, prompt.encode(), 100, temperature=0.7, top_p=0.95, seed=1)), "replace")
+    print(f"{'─' * 20}\n{prompt}▸{text}")
+
+# %% [markdown]
+# The form is there, the meaning is not: this model has fewer parameters than one expert of one layer of a large one. “▸” is where it
+# takes over.
+#
+# Try: train with `bias_rate=0` and without a loss. Is the load as even? Are the experts *more* specialised when nobody evens them?
+#
+# **Next:** [08 · dispatch as sorting](08_dispatch.ipynb)

@@ -1,0 +1,203 @@
+# %% [markdown]
+# # 08 · Dispatch as sorting
+#
+# The router has decided. Now every token must get to its experts and back, with no loop over tokens and nothing computed that nobody
+# asked for. Two ideas are new: **dispatch is a stable sort**, described by three small arrays of integers, and **its inverse turns a
+# scatter into a gather**.
+#
+# Before each result, write down what you expect, and only then run the cell.
+#
+# Read along: {{docs/chapters/dispatch.md}} · before this: [07](07_language_model.ipynb)
+
+# %%
+import numpy as np
+
+from notebooks import plots
+from notebooks.checks import check
+from reference import MoEConfig, init_params
+from reference.config import ExpertsConfig
+from reference.dispatch import combine_forward, dispatch_backward, dispatch_forward, one_hot_combine, one_hot_dispatch, one_hot_slots
+from reference.experts import experts_forward
+from reference.gating import top_k
+from reference.proof import bugs
+
+TOKENS, WIDTH, EXPERTS, K = 12, 8, 4, 2
+rng = np.random.default_rng(0)
+config = MoEConfig(WIDTH, experts=ExpertsConfig(EXPERTS, 6, "relu"))
+params = init_params(config, rng)
+x_TD = rng.standard_normal((TOKENS, WIDTH))
+expert_TK = top_k(rng.standard_normal((TOKENS, EXPERTS)), K)
+gate_TK = rng.dirichlet(np.ones(K), TOKENS)
+keep_TK = np.ones(expert_TK.shape, bool)
+keep_TK[3, 1] = keep_TK[9, 0] = False
+for token in range(4):
+    print(f"token {token} → experts {expert_TK[token].tolist()}, kept {keep_TK[token].tolist()}")
+
+# %% [markdown]
+# ## 1 · The loop that everybody understands
+#
+# For each token and each of its choices: send the token through the expert, weigh the result, add it up.
+#
+# **Predict.** 12 tokens, K = 2, two assignments dropped. How many products of a *vector* with an expert's matrices does this loop make?
+# On a machine that is fast at products of *matrices*, what is wrong with it?
+
+
+# %%
+def run_expert(expert: int, rows_ND: np.ndarray) -> np.ndarray:
+    """Expert number `expert` on some rows."""
+    bounds_P = np.where(np.arange(EXPERTS + 1) > expert, len(rows_ND), 0)
+    return experts_forward(rows_ND, bounds_P, params, config.experts)[0]
+
+
+looped_TD, products = np.zeros_like(x_TD), 0
+for token in range(TOKENS):
+    for slot in range(K):
+        if keep_TK[token, slot]:
+            looped_TD[token] += gate_TK[token, slot] * run_expert(expert_TK[token, slot], x_TD[[token]])[0]
+            products += 1
+print(products, "products of one row")
+
+# %% [markdown]
+# ## 2 · Sort
+#
+# List the kept assignments token by token. Then sort the list by expert. Each entry becomes a **row**: a copy of the token.
+#
+# **Predict.** Below is the list before sorting. In which row will token 0's two copies be afterwards? Where do expert 2's rows begin?
+
+# %%
+token_N, slot_N = np.nonzero(keep_TK)
+expert_N = expert_TK[token_N, slot_N]
+print("token: ", token_N.tolist())
+print("expert:", expert_N.tolist())
+print("rows of each expert:", np.bincount(expert_N, minlength=EXPERTS).tolist())
+
+# %%
+by_expert_N = np.argsort(expert_N, kind="stable")
+print("token: ", token_N[by_expert_N].tolist())
+print("expert:", expert_N[by_expert_N].tolist())
+plots.moves(token_N, expert_N, ("before sorting", "after sorting"), (np.arange(len(token_N)), by_expert_N))
+
+# %% [markdown]
+# Left, tokens are in order and experts mixed; right, each expert's rows are neighbours, and inside an expert the tokens still run
+# downwards. That is what **stable** means.
+#
+# ## 3 · The three arrays (exercise)
+#
+# Everything about dispatch is said by `token_N` (whose copy a row is), `slot_N` (which of its choices) and `bounds_P`: expert e owns the
+# rows from `bounds[e]` up to `bounds[e + 1]`, so there are P = E + 1 bounds.
+#
+# **Predict.** What are the bounds of an expert that nobody chose?
+#
+# <details><summary>Hint 1</summary><code>np.nonzero(keep_TK)</code> lists token by token, which is the order to keep.</details>
+# <details><summary>Hint 2</summary>Bounds are a running sum of the counts, with a 0 in front. <code>np.bincount</code> must not stop at
+# the last expert that was chosen: <code>minlength</code>.</details>
+
+
+# %% EXERCISE
+def sort_rows(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(token [N], slot [N], bounds [E + 1]) of the kept assignments in expert order."""
+    raise NotImplementedError
+
+
+# %% SOLUTION
+def sort_rows(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(token [N], slot [N], bounds [E + 1]) of the kept assignments in expert order."""
+    token_N, slot_N = np.nonzero(keep_TK)
+    expert_N = expert_TK[token_N, slot_N]
+    order_N = np.argsort(expert_N, kind="stable")
+    count_E = np.bincount(expert_N, minlength=experts)
+    return token_N[order_N], slot_N[order_N], np.concatenate([[0], np.cumsum(count_E)])
+
+
+# %%
+check("sort_rows", sort_rows)
+
+# %% [markdown]
+# The reference's is {{reference.dispatch.dispatch_forward}}.
+#
+# ## 4 · Experts on slices, and back
+#
+# Each expert now makes one product with all of its rows ({{reference.experts.experts_forward}}), and the results are weighed and added to
+# their tokens ({{reference.dispatch.combine_forward}}).
+#
+# **Predict.** How many products are there now? Is the result equal to the loop's to the last bit?
+
+# %%
+rows_ND, where = dispatch_forward(x_TD, expert_TK, keep_TK, EXPERTS)
+out_ND = experts_forward(rows_ND, where.bounds_P, params, config.experts)[0]
+sorted_TD, _ = combine_forward(out_ND, gate_TK, where)
+print("bounds:", where.bounds_P.tolist(), "·", EXPERTS, "products of", np.diff(where.bounds_P).tolist(), "rows")
+print("equal to the loop up to rounding:", bool(np.allclose(sorted_TD, looped_TD, rtol=0, atol=1e-14)))
+
+# %% [markdown]
+# ## 5 · Scatter or gather
+#
+# Adding to tokens is a **scatter**: two rows may belong to one token.
+#
+# **Predict.** What is wrong with `y[token_N] += weighted_ND`?
+
+# %%
+weighted_ND = gate_TK[where.token_N, where.slot_N][:, None] * out_ND
+hasty_TD = np.zeros_like(x_TD)
+hasty_TD[where.token_N] += weighted_ND
+wrong_T = ~np.isclose(hasty_TD, sorted_TD, rtol=0, atol=1e-14).all(1)
+print("wrong tokens:", np.flatnonzero(wrong_T).tolist(), "· kept choices of the others:", keep_TK.sum(1)[~wrong_T].tolist())
+print("the museum has it:", bugs.get("last slot wins").mistake)
+
+# %% [markdown]
+# Only tokens with a single row come out right: NumPy reads, adds and writes once for each distinct index.
+#
+# The other way: invert the permutation. `row_TK[t, k]` says in which row choice k of token t was computed. Then each token **gathers**
+# its K rows and adds them in a fixed order: no two writers, no atomics, the same bits every time.
+#
+# **Predict.** How is the inverse made from `token_N` and `slot_N` in one assignment? What stands where an assignment was dropped?
+
+# %%
+row_TK = np.full(expert_TK.shape, -1)
+row_TK[where.token_N, where.slot_N] = np.arange(len(where.token_N))
+padded_ND = np.concatenate([out_ND, np.zeros((1, WIDTH))])
+gathered_TD = (gate_TK[:, :, None] * padded_ND[row_TK]).sum(1)
+print("rows of the first four tokens:", row_TK[:4].tolist(), "(−1: dropped)".replace("−", "-"))
+print("equal to the scatter up to rounding:", bool(np.allclose(gathered_TD, sorted_TD, rtol=0, atol=1e-14)))
+
+# %% [markdown]
+# The fast track's kernels do both: they gather rows while they multiply, and gather again to combine ({{optimized/kernels/gathers.py}}).
+#
+# ## 6 · Backwards
+#
+# Dispatch copies; its transpose adds the copies up ({{reference.dispatch.dispatch_backward}}).
+#
+# **Predict.** For any rows r, the products ⟨dispatch(x), r⟩ and ⟨x, dispatch_backward(r)⟩ are the same number. Why?
+
+# %%
+r_ND = rng.standard_normal(rows_ND.shape)
+left, right = (rows_ND * r_ND).sum(), (x_TD * dispatch_backward(r_ND, where)).sum()
+print(f"{left:.6f} and {right:.6f}")
+
+# %% [markdown]
+# Dispatch is a matrix M of zeros and ones, and both are xᵀ Mᵀ r.
+#
+# ## 7 · The same with einsums
+#
+# GShard wrote that matrix down: a tensor [T, K, E, C] that says which token's which choice sits in which slot of which expert
+# ({{reference.dispatch.one_hot_slots}}).
+#
+# **Predict.** Same result? And how many entries has the tensor for 4,096 tokens, K = 2, 64 experts, with capacity factor 1? How many are
+# ones?
+
+# %%
+slot_TKEC = one_hot_slots(expert_TK, keep_TK, EXPERTS, capacity=int(np.diff(where.bounds_P).max()))
+rows_ECD = one_hot_dispatch(x_TD, slot_TKEC)
+out_ECD = np.stack([run_expert(expert, rows_ECD[expert]) for expert in range(EXPERTS)])
+print("equal up to rounding:", bool(np.allclose(one_hot_combine(out_ECD, gate_TK, slot_TKEC), sorted_TD, rtol=0, atol=1e-14)))
+tokens, experts = 4096, 64
+capacity = K * tokens // experts
+print(f"{tokens * K * experts * capacity:,} entries, at most {tokens * K:,} ones; the sort needs {2 * tokens * K + experts + 1:,} integers")
+
+# %% [markdown]
+# The tensor grows with the square of the number of tokens, the sort with the number. This is why the einsum lives in small groups, and
+# why everything fast since MegaBlocks sorts.
+#
+# Try: sort with `kind="quicksort"` and look for a difference. Why may you not find one here, and what would a difference break?
+#
+# **Next:** [09 · your first Triton kernel](09_triton_kernel.ipynb)

@@ -1,0 +1,48 @@
+"""Committed results on the pages: pictures that both schemes can read, tables that say no more than the files."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from site_tools import layout, measured, plots, render, tables
+
+
+@pytest.mark.parametrize("name", plots.PLOTS)
+def test_plot_takes_its_colours_from_the_page(name: str) -> None:
+    drawn = plots.get(name)
+    assert drawn.count("<svg") == drawn.count("</svg>") >= 2 and "currentColor" in drawn and "var(--moe-0)" in drawn
+    assert not re.search(r"#0102|<style|<metadata|<!--|NaN|\n", drawn)
+    ids = re.findall(r' id="([^"]+)"', drawn)
+    assert len(ids) == len(set(ids)) and set(re.findall(r"url\(#([^)]+)\)", drawn)) <= set(ids)
+    assert re.search(r'role="img" aria-label="[^"]{60,}"', drawn)
+    assert drawn == plots.get(name)
+
+
+def test_numbers_and_spreads() -> None:
+    assert layout.digits(-0.004, 2) == "0.00" and layout.digits(-1.5, 1) == "−1.5" and layout.digits(12345.678, 1) == "12,345.7"
+    assert measured.spread([0.1, 0.2, 0.3]) == "0.20 (0.10 … 0.30)" and measured.spread([0.5, 0.5]) == "0.50"
+    assert measured.spread({"mean": -1.0, "low": -2.0, "high": 0.0}, 0) == "−1 (−2 … 0)"
+
+
+def test_tables_hold_the_committed_numbers() -> None:
+    collapse = measured.result("collapse")["summary"]["nothing"]["max_vio"]
+    assert layout.digits(collapse["mean"], 2) in tables.get("collapse")
+    said = tables.get("specialization-claims")
+    found = measured.result("specialization")["claims"]
+    assert said.count("**Held:**") == sum(one["held"] for one in found) and said.count("\n") + 1 == len(found)
+    assert "moebius lab bias" in measured.made_by("bias-control")
+
+
+@pytest.mark.parametrize("line", ["{{ plot nothing }}", "{{= made_by('nothing') }}"])
+def test_what_does_not_exist_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match=r"page\.md"):
+        render.Page("page.md").render(line)
+
+
+def test_scrubber_knows_every_checkpoint_of_the_run() -> None:
+    data = measured.scrubber_data()
+    assert len(measured.scrubber_states(data)) == sum(len(one["layers"]) for run in data["runs"] for one in run["checkpoints"])
+    committed = measured.result("specialization")["runs"][1]["checkpoints"][3]["layers"]["1"]
+    np.testing.assert_allclose(data["runs"][1]["checkpoints"][3]["layers"][1]["share"], committed["share"], atol=5.1e-4)
