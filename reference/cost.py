@@ -236,7 +236,15 @@ def latent_width(attention: AttentionConfig) -> int:
     return attention.heads * (attention.head_dim + attention.rope_dim + attention.v_head_dim)
 
 
-ATTENTION_WIDTH: dict[str, Callable[[AttentionConfig], int]] = {"gqa": grouped_query_width, "mla": latent_width}
+def recurrent_width(attention: AttentionConfig) -> int:
+    """0: an LSTM looks at no other token, all of its products are with its weights."""
+    return 0
+
+
+# DeepSeek-V4 as if nothing were compressed: every query meets every earlier key, so this is the most that it can cost.
+ATTENTION_WIDTH: dict[str, Callable[[AttentionConfig], int]] = {
+    "gqa": grouped_query_width, "mla": latent_width, "grouped_output": grouped_query_width, "lstm": recurrent_width,
+}  # fmt: skip
 
 
 def flops_per_token(model: ModelConfig, context: int) -> Flops:

@@ -387,6 +387,8 @@ def test_flops_by_hand():
     latent = AttentionConfig("mla", 2, 2, 3, q_rank=2, kv_rank=2, rope_dim=1, v_head_dim=5)
     assert cost.flops_per_token(replace(SMALL, attention=latent), 1).attention == 2 * 2 * 9
     # An encoder layer sees all 5, and so does the decoder's cross-attention.
+    recurrent = cost.flops_per_token(presets.model("shazeer-2017"), 5)
+    assert recurrent.attention == 0 < recurrent.weights
     assert cost.flops_per_token(replace(SMALL, encoder_layers=1), 5).attention == 2 * 8 * (3 + 5 + 5)
 
 
@@ -394,6 +396,11 @@ def test_causal_attention_is_counted_pair_by_pair():
     context = 7
     pairs = sum(position + 1 for position in range(context))
     assert cost.flops_per_token(SMALL, context).attention * context == 2 * 8 * pairs
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_preset_has_its_flops(name):
+    assert cost.flops_per_token(presets.model(name), 4096).weights > 0
 
 
 def test_training_costs_three_forwards_as_pytorch_counts_them():

@@ -136,7 +136,8 @@ def test_presets_are_equal(preset: str) -> None:
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM", "SIGINT"])
 def test_the_processes_end_with_the_one_that_started_them(end: str, tmp_path: Path) -> None:
     program = (
-        "import time\nfrom optimized.expert_parallel.pair import pair\n"
+        # A process that a shell starts in the background ignores SIGINT, and so do its children.
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom optimized.expert_parallel.pair import pair\n"
         "print(*(child.pid for child in pair()._children), flush=True)\ntime.sleep(600)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -76,12 +77,18 @@ def drop_by_position() -> str:
     return markdown(["router", "queue", "first eighth", "fifth eighth", "last eighth"], rows)
 
 
+def minus(number: re.Match[str]) -> str:
+    """A negative number as a page prints it; a rounded 0 has no sign."""
+    return number[1] if float(number[1]) == 0 else f"−{number[1]}"
+
+
 def claims(name: str) -> str:
     """What the field says, whether it held in every seed, who says it, and what was seen."""
     said = []
     for one in result(name)["claims"]:
         verdict = "Held" if one["held"] else "Did not hold"
-        said.append(f"- **{verdict}:** {one['claim']}. *{one['source']}.*<br>Seen: {one['seen'].replace(' – ', ' … ')}.")
+        seen = re.sub(r"(?<![\w.-])-(\d+(?:\.\d+)?)", minus, one["seen"].replace(" – ", " … "))
+        said.append(f"- **{verdict}:** {one['claim']}. *{one['source']}.*<br>Seen: {seen}.")
     return "\n".join(said)
 
 

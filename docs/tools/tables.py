@@ -97,7 +97,7 @@ def granularity() -> str:
         stored, chosen = layer.experts, layer.gating.top_k
         active = (chosen * stored.width + stored.total_shared_width) / layer.d_model
         ways = math.log10(math.comb(stored.count, chosen))
-        combinations = f"{math.comb(stored.count, chosen):,}" if ways < 6 else f"10^{ways:.0f}^"
+        combinations = f"{math.comb(stored.count, chosen):,}" if ways < 6 else f"≈ 10^{ways:.0f}^"
         cells = (f"{chosen} of {stored.count}", stored.shared, f"{stored.width:,}", f"{active:.1f}", combinations)
         rows.append([f"`{name}`", *cells])
     return markdown(["layer", "chosen", "shared", "F", "active width / D", "combinations"], rows)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from reference.autograd.checkpoints import export, write_atomically
@@ -28,6 +29,8 @@ from .checkpoints import full_state_dict, on_rank_0
 from .training import Processes
 
 TIMEOUT = timedelta(minutes=10)
+# To meet is a matter of seconds, and now and then gloo's first connection hangs: then torchrun starts everybody again.
+JOIN_TIMEOUT = timedelta(seconds=60)
 
 
 def end_with_parent(interval: float = 1.0) -> None:
@@ -70,7 +73,8 @@ def main() -> None:
     """Join the group that torchrun describes in the environment, and train."""
     end_with_parent()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
-    dist.init_process_group("gloo", timeout=TIMEOUT)
+    dist.init_process_group("gloo", timeout=JOIN_TIMEOUT)
+    _set_pg_timeout(TIMEOUT)
     try:
         run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     finally:
