@@ -47,7 +47,8 @@ EQUATION_PAGES = {
         ("dispatch", "experts", "zero_computation", "expert_dropout", "shared", "layer", "routing"),
     ),
     "balance": ("Equations: balance", ("balancing", "penalty")),
-    "measures": ("Equations: measures and costs", ()),
+    "costs": ("Equations: costs", ("cost",)),
+    "measures": ("Equations: measures", ()),
 }
 """Page → (title, modules whose equations it lists); the last one takes the rest. One page of all would be too heavy."""
 

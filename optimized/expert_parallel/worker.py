@@ -84,3 +84,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # Threads of the network that end after the interpreter abort the process, although all is done and written.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
