@@ -29,7 +29,7 @@ from .checkpoints import full_state_dict, on_rank_0
 from .training import Processes
 
 TIMEOUT = timedelta(minutes=10)
-# To meet is a matter of seconds, and now and then gloo's first connection hangs: then torchrun starts everybody again.
+# To meet is a matter of seconds; where it fails, torchrun starts everybody again.
 JOIN_TIMEOUT = timedelta(seconds=60)
 
 
@@ -73,7 +73,12 @@ def main() -> None:
     """Join the group that torchrun describes in the environment, and train."""
     end_with_parent()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
-    dist.init_process_group("gloo", timeout=JOIN_TIMEOUT)
+    host, port, attempt = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
+    # The store outlives a restart: without a name of its own an attempt could read addresses of processes that are gone.
+    agents = dist.TCPStore(host, int(port), is_master=False, timeout=JOIN_TIMEOUT)  # pyright: ignore[reportPrivateImportUsage]
+    store = dist.PrefixStore(f"attempt-{attempt}", agents)  # pyright: ignore[reportPrivateImportUsage]
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=JOIN_TIMEOUT)
     _set_pg_timeout(TIMEOUT)
     try:
         run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
