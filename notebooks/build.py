@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import importlib
 import inspect
 import os
+import platform
 import re
 import sys
 import time
@@ -143,7 +145,15 @@ async def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.Not
         extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns that it talks over TCP
     )  # fmt: skip
     await client.async_execute(env={**os.environ, **KERNEL_ENVIRONMENT})
+    notebook.metadata["processor"] = processor()
     return without_noise(notebook)
+
+
+def processor() -> str:
+    """Whose roundings the numbers are: another processor adds in another order, which training makes visible."""
+    facts = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    found = re.findall(r"^(?:vendor_id|cpu family|model|flags)\s*:\s*(.*)$", facts, re.MULTILINE)[:4]
+    return hashlib.sha256("|".join(found or [platform.machine(), platform.processor()]).encode()).hexdigest()[:12]
 
 
 def code(notebook: nbformat.NotebookNode) -> list[str]:
@@ -172,11 +182,17 @@ def read(path: Path) -> nbformat.NotebookNode:
 
 
 def differences(committed: nbformat.NotebookNode, built: nbformat.NotebookNode) -> list[str]:
-    """What distinguishes the committed notebook from one just built and executed; pictures are compared by their existence."""
+    """What distinguishes the committed notebook from one just built and executed.
+
+    Pictures are compared by their existence, and so is text where the two were executed on different processors.
+    """
     views = {"code": code, "prose": prose, "text output": text_outputs}
+    elsewhere = committed.metadata.get("processor") != built.metadata.get("processor")
     found = []
     for what, view in views.items():
         old, new = view(committed), view(built)
+        if elsewhere and view is text_outputs:
+            old, new = ([str(bool(text)) for text in texts] for texts in (old, new))
         if len(old) != len(new):
             found.append(f"{len(old)} pieces of {what} instead of {len(new)}")
         pairs = enumerate(zip(old, new, strict=False))
