@@ -139,18 +139,15 @@ def measure(
     expert_entropy = _entropy(table.sum(0))
     return Specialization(
         information=information,
-        null_mean=chance.null_mean,
-        null_low=chance.null_low,
-        null_high=chance.null_high,
-        excess=chance.excess,
-        p_value=chance.p_value,
+        null_mean=chance.null_mean, null_low=chance.null_low, null_high=chance.null_high,
+        excess=chance.excess, p_value=chance.p_value,
         coefficient=min(1.0, information / expert_entropy) if expert_entropy > 0 else 0.0,
         expert_entropy=expert_entropy,
         label_entropy=_entropy(table.sum(1)),
         assignments=expert_N.size,
         blocks=block_label.size,
         permutations=permutations,
-    )
+    )  # fmt: skip
 
 
 def deal(rng: np.random.Generator, stratum: np.ndarray | None, count: int) -> np.ndarray:
