@@ -19,6 +19,7 @@ from reference.config import MoEConfig
 from reference.expert_dropout import NAME as DROPOUT
 from reference.experts import ffn_keys
 
+from .recycling import GRADIENTS
 from .zero_computation import add_zero_computation
 
 # PyTorch has no public name for these two; a version without them gets the dispatcher's way.
@@ -108,7 +109,7 @@ def _backward_shapes(
 def weight_gradients(tensors: tuple[Tensor | None, ...], wanted: bool) -> list[Tensor]:
     """Uninitialised contiguous gradients of up, down and the two biases; shape [0] where there is nothing to fill."""
     like = next(tensor for tensor in tensors if tensor is not None)
-    return [like.new_empty(tensor.shape if wanted and tensor is not None else 0) for tensor in tensors]
+    return [GRADIENTS.empty(tensor.shape if wanted and tensor is not None else (0,), like) for tensor in tensors]
 
 
 def apply_operator(operator: Any, x_TD: Tensor, routing: Routing, params: Mapping[str, Tensor], config: MoEConfig) -> Tensor:

@@ -74,6 +74,17 @@ def test_a_slow_candidate_is_timed_a_few_times_only() -> None:
     assert ratio(times["slow"], times["quick"]).median == pytest.approx(20)
 
 
+def test_a_first_step_that_prepares_the_others_is_not_slowness() -> None:
+    clock = Clock()
+    costs = iter([2.0] + [0.1] * 20)
+
+    def step() -> None:
+        clock.now += next(costs)
+
+    times = interleave({"quick": clock.work("quick", 0.1), "prepares": Candidate(step)}, seconds=1e-9, clock=clock, least=8)
+    assert times["prepares"] == pytest.approx([0.1] * 8)
+
+
 def test_spread() -> None:
     assert Spread.of([3.0]) == (3, 3, 3)
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 100.0]) == (3, 2, 4)

@@ -22,7 +22,7 @@ from .journal import Journal, Nowhere, fingerprint
 from .memory import peak_bytes, saved_bytes
 from .peers import OURS, RIVAL, Peer, Runnable, everybody
 from .shapes import BATCHES, DTYPES, EXPERT_COUNTS, LOADS, MODES, SHAPES, TOKENS, Problem, Shape, problem, weights
-from .timing import Candidate, Spread, Times, interleave, ratio
+from .timing import ROUNDS, Candidate, Spread, Times, interleave, ratio
 
 SCHEMA = 2
 CLOCKS: dict[bool, tuple[str, Callable[[], float]]] = {
@@ -31,7 +31,8 @@ CLOCKS: dict[bool, tuple[str, Callable[[], float]]] = {
 }
 MANY_TOKENS = 1024  # from here on a peer that was far behind with fewer tokens is left out
 FAR_BEHIND = 3.0
-ALONE_TOKENS = 4096  # from here on one thread only, which keeps the whole run short
+FEWER_ROUNDS = 3  # with so many tokens one step is long enough to be a mean of its own
+ALONE_TOKENS = 4096  # from here on one thread only, and of ours only what `auto` runs, which keeps the whole run short
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def _measure_part(found: Found, part: tuple[str, str, int, str], tell: Tell, pee
     where = f"{shape}, T = {tokens}, {dtype}, {mode}"
     tell(f"the gate: {where}")
     given = _problem(shape, dtype, tokens)
-    ready, out = build(given, mode, _exact(shape, dtype, tokens), _invited(found.plan, peers()), _far_behind(found, part))
+    ready, out = build(given, mode, _exact(shape, dtype, tokens), _invited(found.plan, tokens, peers()), _far_behind(found, part))
     measured = []
     for count in found.plan.threads_at(tokens):
         tell(f"{where}, {count} thread{'s' * (count > 1)}")
@@ -172,7 +173,9 @@ def _measure_part(found: Found, part: tuple[str, str, int, str], tell: Tell, pee
     return measured
 
 
-def _invited(plan: Plan, peers: list[Peer]) -> list[Peer]:
+def _invited(plan: Plan, tokens: int, peers: list[Peer]) -> list[Peer]:
+    if tokens >= ALONE_TOKENS:
+        return [peer for peer in peers if peer.name == OURS or peer.near]
     return [peer for peer in peers if peer.ours or peer.near] if plan.close else peers
 
 
@@ -248,7 +251,8 @@ def measure(given: Problem, mode: str, ready: Ready, out: Mapping[str, str], cou
     clock_name, clock = CLOCKS[count == 1]
     candidates = {name: _candidate(given, runnable, mode) for name, (_, runnable) in ready.items()}
     with threads(count):
-        times = interleave(candidates | limits.candidates(given, mode), seconds=seconds, clock=clock)
+        least = FEWER_ROUNDS if given.tokens >= MANY_TOKENS else ROUNDS
+        times = interleave(candidates | limits.candidates(given, mode), seconds=seconds, clock=clock, least=least)
     bound, limit = limits.limit(given, mode, times)
     saved: dict[str, int] = {}
     peak: dict[str, int | None] = {}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 SLOW_TIMES = 4.0  # a candidate that takes so much longer than the middle one is timed in the first rounds only,
 SLOW_SHARE = 1 / 6  # where one step of it takes this share of a measurement's time
 SLOW_ROUNDS = 3
-MOST_ROUNDS = 400
+ROUNDS, MOST_ROUNDS = 5, 400
 
 
 class Spread(NamedTuple):
@@ -43,7 +43,7 @@ Times = dict[str, list[float]]
 
 
 def interleave(
-    candidates: Mapping[str, Candidate], *, seconds: float, clock: Callable[[], float] = time.process_time, least: int = 5
+    candidates: Mapping[str, Candidate], *, seconds: float, clock: Callable[[], float] = time.process_time, least: int = ROUNDS
 ) -> Times:
     """Seconds of every candidate, round by round; each round starts with another one, so that nobody always finds the same cache.
 
@@ -53,7 +53,8 @@ def interleave(
     taken: Times = {name: [] for name in candidates}
     warm = {name: _once(candidate, clock) for name, candidate in candidates.items()}
     limit = max(SLOW_TIMES * statistics.median_low(warm.values()), SLOW_SHARE * seconds)
-    slow = {name for name, took in warm.items() if took > limit}
+    late = {name for name, took in warm.items() if took > limit}
+    slow = {name for name in late if _once(candidates[name], clock) > limit}  # what a first step prepares for all others is not slowness
     names, number, began = list(candidates), 0, clock()
     while number < least or (number < MOST_ROUNDS and clock() - began < seconds):
         first = number % len(names)

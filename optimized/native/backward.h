@@ -7,19 +7,25 @@
  * With the gate on the hidden layer no expert's output is needed again, and none is kept.
  */
 
-/* Columns of W as they lie in memory: B of dh' = dy W_down, and of dx = du W_up. */
-static const elem *TYPE(dhidden_panel)(const struct plan *plan, long expert, long number, elem *room) {
-    const long D = plan->shape.d_model, F = plan->shape.width, first = number * WIDTH;
-    const matrix down = {(const elem *)plan->call->down + expert * D * F, F, NULL};
-    TYPE(pack_rows)(room, WIDTH, down, D, first, F - first < WIDTH ? F - first : WIDTH);
-    return room;
+/* A panel of B as it lies in memory: columns first … of b. Whole columns for few rows are used where they lie. */
+static TYPE(panel) TYPE(columns)(const struct plan *plan, long expert, matrix b, long rows, long first, long columns, elem *room) {
+    const int32_t *bounds = plan->call->bounds + expert;
+    if (PER_UNIT == 1 && columns >= WIDTH && bounds[1] - bounds[0] <= FEW_ROWS) return (TYPE(panel)){b.at + first, b.stride};
+    TYPE(pack_rows)(room, WIDTH, b, rows, first, columns < WIDTH ? columns : WIDTH);
+    return TYPE(whole)(room);
 }
 
-static const elem *TYPE(dx_panel)(const struct plan *plan, long expert, long number, elem *room) {
+/* B of dh' = dy W_down, and of dx = du W_up. */
+static TYPE(panel) TYPE(dhidden_panel)(const struct plan *plan, long expert, long number, elem *room) {
+    const long D = plan->shape.d_model, F = plan->shape.width, first = number * WIDTH;
+    const matrix down = {(const elem *)plan->call->down + expert * D * F, F, NULL};
+    return TYPE(columns)(plan, expert, down, D, first, F - first, room);
+}
+
+static TYPE(panel) TYPE(dx_panel)(const struct plan *plan, long expert, long number, elem *room) {
     const long D = plan->shape.d_model, M = plan->shape.pre_width, first = number * WIDTH;
     const matrix up = {(const elem *)plan->call->up + expert * M * D, D, NULL};
-    TYPE(pack_rows)(room, WIDTH, up, M, first, D - first < WIDTH ? D - first : WIDTH);
-    return room;
+    return TYPE(columns)(plan, expert, up, M, first, D - first, room);
 }
 
 /* From dh' of one panel: g h and du for the products that follow, and this panel's part of ⟨dh', h⟩. */
@@ -48,7 +54,7 @@ static void TYPE(hidden_item)(void *given, const struct item *item, int worker) 
     const matrix dy = TYPE(by_token)(plan, plan->dy, 0);
     const int32_t *bounds = plan->call->bounds + item->expert;
     for (long number = item->first; number < item->last; number++) {
-        const elem *panel = TYPE(dhidden_panel)(plan, item->expert, number, room.panel);
+        const TYPE(panel) panel = TYPE(dhidden_panel)(plan, item->expert, number, room.panel);
         for (long r = bounds[0]; r < bounds[1]; r += CHUNK) {
             long rows = bounds[1] - r < CHUNK ? bounds[1] - r : CHUNK;
             TYPE(multiply)(dy, r, rows, panel, plan->shape.d_model, room.c);
@@ -65,25 +71,46 @@ static void TYPE(dx_item)(void *given, const struct item *item, int worker) {
     TYPE(spread)(plan, item, worker, &dx);
 }
 
-/* dW = Aᵀ B over the rows of an expert, rows first … last − 1 of it: columns of A become rows of A's block, so that the product above
- * serves here too. Without rows the gradient is exactly 0. */
-static void TYPE(weight_rows)(elem *dw, matrix a, matrix b, long rows, long columns, const struct item *item, TYPE(scratch) room) {
-    const long count = item->last - item->first;
+/* Where an item's rows of a gradient go, `columns` wide. */
+typedef struct { elem *at; long columns; int past; } TYPE(gradient_rows);
+
+/* Sums of one panel to rows first … first + high − 1 of them. */
+static void TYPE(put_block)(TYPE(gradient_rows) to, long first, long high, long column, long wide, const float *c) {
+    for (long r = 0; r < high; r++)
+        for (long j = 0; j < wide; j += LANES) {
+            elem *place = to.at + (first + r) * to.columns + column + j;
+            if (to.past) TYPE(put_away)(place, load(c + r * WIDTH + j), wide - j);
+            else TYPE(put)(place, load(c + r * WIDTH + j), wide - j);
+        }
+}
+
+/* dW = Aᵀ B over the rows of an expert, `count` rows of it: columns of A become rows of A's block, so that the product above serves
+ * here too. Without rows the gradient is exactly 0.
+ *
+ * With few rows what costs is the writing. As many panels of B as fit into a part of the second-level cache are packed at once, and then
+ * a few rows of the gradient at a time are written from one end to the other. */
+static void TYPE(weight_rows)(TYPE(gradient_rows) to, matrix a, matrix b, long rows, long first, long count, TYPE(scratch) room) {
     if (rows == 0) {
-        memset(dw + item->first * columns, 0, count * columns * sizeof *dw);
+        memset(to.at, 0, count * to.columns * sizeof *to.at);
         return;
     }
+    const long panel = TYPE(padded)(rows) * WIDTH, fitting = PANELS_BYTES / (panel * (long)sizeof(elem));
+    const long together = between(1, fitting, (to.columns + WIDTH - 1) / WIDTH) * WIDTH, strip = together > WIDTH ? TILE_ROWS : CHUNK;
     const elem *from[CHUNK];
     for (long i = 0; i < count; i++) from[i] = room.block + i * PER_UNIT;
-    TYPE(pack_rows)(room.block, CHUNK, a, rows, item->first, count);
-    for (long first = 0; first < columns; first += WIDTH) {
-        const long wide = columns - first < WIDTH ? columns - first : WIDTH;
-        TYPE(pack_rows)(room.panel, WIDTH, b, rows, first, wide);
-        TYPE(product)(from, CHUNK * PER_UNIT, count, room.panel, TYPE(units)(rows), room.c);
-        for (long i = 0; i < count; i++)
-            for (long j = 0; j < wide; j += LANES)
-                TYPE(put)(dw + (item->first + i) * columns + first + j, load(room.c + i * WIDTH + j), wide - j);
+    TYPE(pack_rows)(room.block, CHUNK, a, rows, first, count);
+    for (long start = 0; start < to.columns; start += together) {
+        const long stop = between(0, start + together, to.columns);
+        for (long at = start; at < stop; at += WIDTH)
+            TYPE(pack_rows)(room.panel + (at - start) / WIDTH * panel, WIDTH, b, rows, at, between(0, stop - at, WIDTH));
+        for (long i = 0; i < count; i += strip)
+            for (long at = start; at < stop; at += WIDTH) {
+                const TYPE(panel) here = TYPE(whole)(room.panel + (at - start) / WIDTH * panel);
+                TYPE(product)(from + i, CHUNK * PER_UNIT, between(0, count - i, strip), here, TYPE(units)(rows), room.c);
+                TYPE(put_block)(to, i, between(0, count - i, strip), at, between(0, stop - at, WIDTH), room.c);
+            }
     }
+    drain();
 }
 
 /* db = Σ weight · row over the rows of an expert, for the columns of an item; c is room for their sums. */
@@ -102,7 +129,8 @@ static void TYPE(dup_item)(void *given, const struct item *item, int worker) {
     const long D = plan->shape.d_model, M = plan->shape.pre_width, e = item->expert;
     const long start = plan->call->bounds[e], rows = plan->call->bounds[e + 1] - start;
     const matrix dpre = {(const elem *)plan->dpre + start * plan->dpre_stride, plan->dpre_stride, NULL};
-    TYPE(weight_rows)((elem *)plan->call->dup + e * M * D, dpre, TYPE(by_token)(plan, plan->x, start), rows, D, item, room);
+    const TYPE(gradient_rows) dup = {(elem *)plan->call->dup + (e * M + item->first) * D, D, plan->past};
+    TYPE(weight_rows)(dup, dpre, TYPE(by_token)(plan, plan->x, start), rows, item->first, item->last - item->first, room);
     if (plan->call->dup_bias) TYPE(bias_part)((elem *)plan->call->dup_bias + e * M, dpre, NULL, rows, item, room.c);
 }
 
@@ -113,7 +141,8 @@ static void TYPE(ddown_item)(void *given, const struct item *item, int worker) {
     const long start = plan->call->bounds[e], rows = plan->call->bounds[e + 1] - start;
     const matrix hidden = {(const elem *)plan->hidden + start * plan->hidden_stride, plan->hidden_stride, NULL};
     const matrix dy = TYPE(by_token)(plan, plan->dy, start);
-    TYPE(weight_rows)((elem *)plan->call->ddown + e * D * F, dy, hidden, rows, F, item, room);
+    const TYPE(gradient_rows) ddown = {(elem *)plan->call->ddown + (e * D + item->first) * F, F, plan->past};
+    TYPE(weight_rows)(ddown, dy, hidden, rows, item->first, item->last - item->first, room);
     if (plan->call->ddown_bias)
         TYPE(bias_part)((elem *)plan->call->ddown_bias + e * D, dy, plan->rows.gate + start, rows, item, room.c);
 }

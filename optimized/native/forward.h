@@ -20,7 +20,7 @@ INLINE matrix TYPE(by_token)(const struct plan *plan, const void *tokens, long f
 }
 
 /* Rows `first` … `first + rows − 1` of A times a panel, into c. */
-INLINE void TYPE(multiply)(matrix a, long first, long rows, const elem *panel, long elements, float *c) {
+INLINE void TYPE(multiply)(matrix a, long first, long rows, TYPE(panel) panel, long elements, float *c) {
     const elem *from[CHUNK];
     for (long r = 0; r < rows; r++) from[r] = TYPE(row)(a, first + r);
     TYPE(product)(from, PER_UNIT, rows, panel, TYPE(units)(elements), c);
@@ -34,32 +34,32 @@ static void TYPE(pack_up)(elem *panel, const elem *up, const struct shape *shape
         from[j] = up + (number * shape->half + j) * shape->d_model;
         if (shape->gated) from[shape->half + j] = from[j] + shape->width * shape->d_model;
     }
-    TYPE(pack_transposed)(panel, from, shape->d_model);
+    TYPE(pack_transposed)(panel, from, shape->d_model, shape->half * shape->d_model);
 }
 
 static void TYPE(pack_down)(elem *panel, const elem *down, const struct shape *shape, long number) {
     const elem *from[WIDTH] = {0};
     for (long j = 0; j < WIDTH && number * WIDTH + j < shape->d_model; j++) from[j] = down + (number * WIDTH + j) * shape->width;
-    TYPE(pack_transposed)(panel, from, shape->width);
+    TYPE(pack_transposed)(panel, from, shape->width, WIDTH * shape->width);
 }
 
 INLINE long TYPE(up_panel_elements)(const struct shape *shape) { return TYPE(padded)(shape->d_model) * WIDTH; }
 INLINE long TYPE(down_panel_elements)(const struct shape *shape) { return TYPE(padded)(shape->width) * WIDTH; }
 
-static const elem *TYPE(up_panel)(const struct plan *plan, long expert, long number, elem *room) {
+static TYPE(panel) TYPE(up_panel)(const struct plan *plan, long expert, long number, elem *room) {
     const struct shape *shape = &plan->shape;
     if (plan->call->packed_up)
-        return (const elem *)plan->call->packed_up + (expert * shape->up_panels + number) * TYPE(up_panel_elements)(shape);
+        return TYPE(whole)((const elem *)plan->call->packed_up + (expert * shape->up_panels + number) * TYPE(up_panel_elements)(shape));
     TYPE(pack_up)(room, (const elem *)plan->call->up + expert * shape->pre_width * shape->d_model, shape, number);
-    return room;
+    return TYPE(whole)(room);
 }
 
-static const elem *TYPE(down_panel)(const struct plan *plan, long expert, long number, elem *room) {
+static TYPE(panel) TYPE(down_panel)(const struct plan *plan, long expert, long number, elem *room) {
     const struct shape *shape = &plan->shape;
     if (plan->call->packed_down)
-        return (const elem *)plan->call->packed_down + (expert * shape->d_panels + number) * TYPE(down_panel_elements)(shape);
+        return TYPE(whole)((const elem *)plan->call->packed_down + (expert * shape->d_panels + number) * TYPE(down_panel_elements)(shape));
     TYPE(pack_down)(room, (const elem *)plan->call->down + expert * shape->d_model * shape->width, shape, number);
-    return room;
+    return TYPE(whole)(room);
 }
 
 INLINE vec TYPE(bias_at)(const elem *bias, long at, long count) { return bias ? TYPE(get)(bias + at, count) : (vec){0}; }
@@ -88,7 +88,7 @@ static void TYPE(up_item)(void *given, const struct item *item, int worker) {
     const matrix x = TYPE(by_token)(plan, plan->x, 0);
     const int32_t *bounds = plan->call->bounds + item->expert;
     for (long number = item->first; number < item->last; number++) {
-        const elem *panel = TYPE(up_panel)(plan, item->expert, number, room.panel);
+        const TYPE(panel) panel = TYPE(up_panel)(plan, item->expert, number, room.panel);
         for (long r = bounds[0]; r < bounds[1]; r += CHUNK) {
             long rows = bounds[1] - r < CHUNK ? bounds[1] - r : CHUNK;
             TYPE(multiply)(x, r, rows, panel, plan->shape.d_model, room.c);
@@ -101,7 +101,7 @@ static void TYPE(up_item)(void *given, const struct item *item, int worker) {
 typedef struct {
     matrix a;
     long elements;                                                             /* of a row of a */
-    const elem *(*panel)(const struct plan *, long expert, long number, elem *room);
+    TYPE(panel) (*panel)(const struct plan *, long expert, long number, elem *room);
     const float *gate;                                                         /* NULL: 1 */
     const elem *bias;                                                          /* [E, D] or NULL */
     elem *out;                                                                 /* [T, D] */
@@ -128,7 +128,7 @@ static void TYPE(spread)(const struct plan *plan, const struct item *item, int w
         const long stop = first_row_of(plan, plan->call->bounds[e], plan->call->bounds[e + 1], item->token_last);
         const long start = first_row_of(plan, plan->call->bounds[e], stop, item->token_first);
         for (long number = item->first; number < item->last && start < stop; number++) {
-            const elem *panel = from->panel(plan, e, number, room.panel);
+            const TYPE(panel) panel = from->panel(plan, e, number, room.panel);
             for (long r = start; r < stop; r += CHUNK) {
                 long rows = stop - r < CHUNK ? stop - r : CHUNK;
                 TYPE(multiply)(from->a, r, rows, panel, from->elements, room.c);

@@ -18,7 +18,7 @@ enum {
     ABI = 1,                 /* raised when struct moebius_call changes */
     WIDTH = LANES * STRIPES, /* columns of a panel */
     TILE_ROWS = 6,
-        CHUNK = 192,             /* rows that are multiplied before the epilogue looks at them: their sums stay in the first-level cache */
+    CHUNK = 192,             /* rows that are multiplied before the epilogue looks at them: their sums stay in the first-level cache */
     DEPTH = 256,             /* units of a panel that are used at once */
     SLICES = 4,              /* a part of a panel is fetched ahead in so many pieces */
     FETCHING = 8,            /* added to a number of rows: fetch ahead */
@@ -26,6 +26,10 @@ enum {
     KEPT_BYTES = 256 << 20,  /* a workspace up to this size is kept for the next call: new pages cost more than the work on them */
     HUGE_PAGE = 2 << 20,
     SAMPLES = 16,
+    AHEAD = 8,                  /* units of a panel with gaps that are fetched before they are used */
+    FEW_ROWS = 2 * TILE_ROWS,   /* for so few rows a panel is used once or twice where it lies, and packing it would cost more */
+    PAST_BYTES = 8 << 20,       /* a stack of gradients from this size on is written past the caches */
+    PANELS_BYTES = 256 << 10,   /* so much of B is packed at once for a gradient's rows: a part of the second-level cache */
 };
 
 /* Sizes that both passes need. */
@@ -52,6 +56,7 @@ struct plan {
     long sums_stride;
     char *scratch;                           /* one piece for each worker */
     long scratch_bytes, panel_elements;
+    int past;                                /* gradients too large for any cache are written past them */
     struct item *items;
     long item_count;
 };
@@ -161,6 +166,7 @@ static long lay_out(struct plan *plan, char *base) {
     plan->items = piece(&base, &used, most_items(plan) * sizeof(struct item));
     plan->hidden_stride = (shape->width + unit - 1) / unit * unit;
     plan->dpre_stride = (shape->pre_width + unit - 1) / unit * unit;
+    plan->past = call->experts * D * shape->width * size >= PAST_BYTES;
     plan->hidden = piece(&base, &used, N * plan->hidden_stride * size);
     plan->dpre = piece(&base, &used, call->dy ? N * plan->dpre_stride * size : 0);
     plan->dots = piece(&base, &used, call->dy ? N * shape->hidden_panels * sizeof(float) : 0);
@@ -169,7 +175,7 @@ static long lay_out(struct plan *plan, char *base) {
     plan->token_stride = (D + unit - 1) / unit * unit;
     plan->x = plan->token_stride == D ? call->x : piece(&base, &used, T * plan->token_stride * size);
     plan->dy = plan->token_stride == D || !call->dy ? call->dy : piece(&base, &used, T * plan->token_stride * size);
-    plan->panel_elements = (between(deepest, shape->pre_width, 1L << 40) + unit) * WIDTH;
+    plan->panel_elements = (between(deepest, shape->pre_width, 1L << 40) + unit) * WIDTH + PANELS_BYTES / size;
     const long block = call->dy ? (plan->rows.largest + unit) * CHUNK : 0;
     plan->scratch_bytes = (CHUNK * WIDTH * 4 + (plan->panel_elements + block) * size + 4095) / 4096 * 4096;
     plan->scratch = piece(&base, &used, plan->scratch_bytes * plan->threads);

@@ -28,6 +28,11 @@ typedef struct { const elem *at; long stride; const int32_t *index; } TYPE(matri
 
 INLINE const elem *TYPE(row)(matrix m, long row) { return m.at + (m.index ? m.index[row] : row) * m.stride; }
 
+/* A panel, and how far one unit of it is from the next: packed ones lie close, and one that is used where it lies does not. */
+typedef struct { const elem *at; long stride; } TYPE(panel);
+
+INLINE TYPE(panel) TYPE(whole)(const elem *packed) { return (TYPE(panel)){packed, WIDTH * PER_UNIT}; }
+
 INLINE long TYPE(units)(long elements) { return (elements + PER_UNIT - 1) / PER_UNIT; }
 INLINE long TYPE(padded)(long elements) { return TYPE(units)(elements) * PER_UNIT; }
 
@@ -57,6 +62,17 @@ INLINE void TYPE(put)(elem *to, vec value, long count) {
     else memcpy(to, &v, count * sizeof *to);
 }
 
+/* As put, for what is large and not read soon. */
+INLINE void TYPE(put_away)(elem *to, vec value, long count) {
+#if STORED_BF16
+    hvec v = narrow(value);
+#else
+    vec v = value;
+#endif
+    if (count >= LANES && (uintptr_t)to % sizeof v == 0) stream(to, &v, sizeof v);
+    else memcpy(to, &v, (count < LANES ? count : LANES) * sizeof *to);
+}
+
 /* The three operations of the inner loop: a unit of A in every lane, a vector of units of B, and their product added to a sum. */
 #if STORED_BF16 && HAS_BF16_DOT
 typedef __m512bh TYPE(operand);
@@ -80,14 +96,18 @@ INLINE vec TYPE(multiply_add)(vec sum, vec a, vec b) { return sum + a * b; }
  * registers of AVX-512 and NEON, or 6 × 2 of 16, the loop computes more than it loads. Each sum runs over k in order, whatever the
  * number of rows beside it, so no result depends on how rows were grouped. `add`: to what c holds. */
 INLINE void TYPE(tile)(
-    int rows, const elem *const *a, long step, const elem *panel, long count, float *c, int add, const elem *ahead) {
+    int rows, const elem *const *a, long step, const elem *panel, long stride, long count, float *c, int add, const elem *ahead) {
     vec sum[TILE_ROWS][STRIPES];
+    const long far = stride == WIDTH * PER_UNIT ? 0 : AHEAD * stride; /* what lies close the machine fetches by itself */
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < STRIPES; j++) sum[i][j] = (vec){0};
-    for (long k = 0, at = 0; k < count; k++, at += step, panel += WIDTH * PER_UNIT) {
+    for (long k = 0, at = 0; k < count; k++, at += step, panel += stride) {
         TYPE(operand) b[STRIPES];
+        if (far)
+#pragma GCC unroll 8
+            for (int j = 0; j < STRIPES; j++) __builtin_prefetch(panel + far + j * LANES * PER_UNIT);
         if (ahead) __builtin_prefetch(ahead + k * (WIDTH * PER_UNIT / SLICES));
 #pragma GCC unroll 8
         for (int j = 0; j < STRIPES; j++) b[j] = TYPE(fetch)(panel + j * LANES * PER_UNIT);
@@ -106,16 +126,16 @@ INLINE void TYPE(tile)(
 
 /* The number of rows must be a constant for the sums to live in registers; so must whether there is something to fetch ahead. */
 static void TYPE(some_rows)(
-    int rows, const elem *const *a, long step, const elem *panel, long count, float *c, int add, const elem *ahead) {
+    int rows, const elem *const *a, long step, const elem *panel, long stride, long count, float *c, int add, const elem *ahead) {
     switch (rows) {
-    case 1: TYPE(tile)(1, a, step, panel, count, c, add, NULL); break;
-    case 2: TYPE(tile)(2, a, step, panel, count, c, add, NULL); break;
-    case 3: TYPE(tile)(3, a, step, panel, count, c, add, NULL); break;
-    case 4: TYPE(tile)(4, a, step, panel, count, c, add, NULL); break;
-    case 5: TYPE(tile)(5, a, step, panel, count, c, add, NULL); break;
-    case 5 + FETCHING: TYPE(tile)(5, a, step, panel, count, c, add, ahead); break;
-    case 6: TYPE(tile)(6, a, step, panel, count, c, add, NULL); break;
-    case 6 + FETCHING: TYPE(tile)(6, a, step, panel, count, c, add, ahead); break;
+    case 1: TYPE(tile)(1, a, step, panel, stride, count, c, add, NULL); break;
+    case 2: TYPE(tile)(2, a, step, panel, stride, count, c, add, NULL); break;
+    case 3: TYPE(tile)(3, a, step, panel, stride, count, c, add, NULL); break;
+    case 4: TYPE(tile)(4, a, step, panel, stride, count, c, add, NULL); break;
+    case 5: TYPE(tile)(5, a, step, panel, stride, count, c, add, NULL); break;
+    case 5 + FETCHING: TYPE(tile)(5, a, step, panel, stride, count, c, add, ahead); break;
+    case 6: TYPE(tile)(6, a, step, panel, stride, count, c, add, NULL); break;
+    case 6 + FETCHING: TYPE(tile)(6, a, step, panel, stride, count, c, add, ahead); break;
     }
 }
 
@@ -123,17 +143,17 @@ static void TYPE(some_rows)(
  * A part of the panel that stays in the cache serves all rows before the next part is read; and a long sum made of the sums of its
  * parts has a smaller rounding error than one that runs through. Where there are enough tiles, each fetches a slice of the next part,
  * which follows in memory, so that no tile waits for it. */
-static void TYPE(product)(const elem *const *a, long step, long rows, const elem *panel, long count, float *c) {
+static void TYPE(product)(const elem *const *a, long step, long rows, TYPE(panel) panel, long count, float *c) {
     const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     for (long k = 0; k < count || k == 0; k += DEPTH) {
         const long part = count - k < DEPTH ? count - k : DEPTH;
-        const elem *here = panel + k * WIDTH * PER_UNIT;
+        const elem *here = panel.at + k * panel.stride;
         for (long r = 0, t = 0; t < tiles; t++) {
             const int take = (int)((rows - r + tiles - t - 1) / (tiles - t)); /* 7 rows are 4 + 3, not 6 + 1: short tiles waste loads */
             const int fetching = tiles >= SLICES && t < SLICES && take >= 5 ? FETCHING : 0;
             const elem *from[TILE_ROWS];
             for (int i = 0; i < take; i++) from[i] = a[r + i] + k * step;
-            TYPE(some_rows)(take + fetching, from, step, here, part, c + r * WIDTH, k > 0, here + (SLICES + t) * part * (WIDTH * PER_UNIT / SLICES));
+            TYPE(some_rows)(take + fetching, from, step, here, panel.stride, part, c + r * WIDTH, k > 0, here + (SLICES + t) * part * (WIDTH * PER_UNIT / SLICES));
             r += take;
         }
     }
@@ -157,20 +177,26 @@ static void TYPE(pack_rows)(elem *restrict panel, long wide, matrix source, long
     }
 }
 
-/* panel[k][j] = rows[j][k], 0 for a row that is NULL: B lies in memory as its transpose, as weights do that are stored [out, in]. */
-static void TYPE(pack_transposed)(elem *panel, const elem *const rows[WIDTH], long elements) {
+/* panel[k][j] = rows[j][k], 0 for a row that is NULL: B lies in memory as its transpose, as weights do that are stored [out, in].
+ * A square is LANES short pieces far apart, which no machine foresees: while one is turned, the pieces that are next in memory are
+ * fetched, those of the next LANES rows, or after the last ones those of the next panel, whose rows lie `next` elements on. */
+static void TYPE(pack_transposed)(elem *panel, const elem *const rows[WIDTH], long elements, long next) {
     enum { UNIT_BYTES = PER_UNIT * sizeof(elem) };
     const long whole = UNIT_BYTES == 4 ? elements / PER_UNIT / LANES * LANES : 0;
-    for (int j = 0; j < WIDTH && whole; j += LANES)
+    for (int j = 0; j < WIDTH && whole; j += LANES) {
+        const elem *const *following = rows + (j + LANES) % WIDTH;
+        const long further = j + LANES < WIDTH ? 0 : next;
         for (long k = 0; k < whole; k += LANES) {
             uvec square[LANES];
             for (int i = 0; i < LANES; i++) {
                 square[i] = (uvec){0};
                 if (rows[j + i]) memcpy(&square[i], rows[j + i] + k * PER_UNIT, sizeof *square);
+                if (following[i]) __builtin_prefetch(following[i] + further + k * PER_UNIT, 0, 2);
             }
             transpose(square);
             for (int i = 0; i < LANES; i++) memcpy(panel + ((k + i) * WIDTH + j) * PER_UNIT, &square[i], sizeof *square);
         }
+    }
     for (long k = whole; k < TYPE(units)(elements); k++)
         for (int j = 0; j < WIDTH; j++)
             for (int half = 0; half < PER_UNIT; half++) {

@@ -34,9 +34,12 @@
 
 #if defined(__AVX512BF16__) && !defined(MOEBIUS_PLAIN) && !defined(MOEBIUS_NO_DOT)
 #define HAS_BF16_DOT 1
-#include <immintrin.h>
 #else
 #define HAS_BF16_DOT 0
+#endif
+
+#if defined(__x86_64__)
+#include <immintrin.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -52,6 +55,25 @@ INLINE vec splat(float value) { return value - (vec){0}; }
 INLINE vec load(const float *from) { vec v; memcpy(&v, from, sizeof v); return v; }
 INLINE void store(float *to, vec v) { memcpy(to, &v, sizeof v); }
 
+/* A store past the caches: memory then neither reads a line before it is written nor keeps it. 16, 32 or 64 bytes, and aligned to them;
+ * where a machine has no such store, or fewer bytes, an ordinary one. `drain` comes before anybody else reads. */
+#if defined(__x86_64__) && !defined(MOEBIUS_PLAIN)
+INLINE void stream(void *to, const void *from, long bytes) {
+#if defined(__AVX512F__)
+    if (bytes == 64) { _mm512_stream_si512(to, _mm512_loadu_si512(from)); return; }
+#endif
+#if defined(__AVX__)
+    if (bytes == 32) { _mm256_stream_si256(to, _mm256_loadu_si256(from)); return; }
+#endif
+    if (bytes == 16) _mm_stream_si128(to, _mm_loadu_si128(from));
+    else memcpy(to, from, bytes);
+}
+INLINE void drain(void) { _mm_sfence(); }
+#else
+INLINE void stream(void *to, const void *from, long bytes) { memcpy(to, from, bytes); }
+INLINE void drain(void) {}
+#endif
+
 /* where yes has all bits set: a, else b. C has no ?: for vectors. */
 INLINE vec choose(ivec yes, vec a, vec b) { return (vec)((yes & (ivec)a) | (~yes & (ivec)b)); }
 
@@ -64,6 +86,9 @@ INLINE float sum_lanes(vec v) {
 /* bf16 is the upper half of fp32. Rounding is to nearest, ties to even; a NaN stays one, whatever its lower half held. */
 INLINE vec widen(hvec half) { return (vec)(__builtin_convertvector(half, uvec) << 16); }
 INLINE hvec narrow(vec v) {
+#if HAS_BF16_DOT
+    return (hvec)_mm512_cvtneps_pbh((__m512)v); /* as the products of pairs, it takes a subnormal for 0 */
+#endif
     uvec bits = (uvec)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
     rounded = (uvec)choose(v != v, (vec)((bits | 0x400000)), (vec)rounded);
     return __builtin_convertvector(rounded >> 16, hvec);
