@@ -22,7 +22,8 @@ from reference.experts import ffn_keys
 from .recycling import GRADIENTS
 from .zero_computation import add_zero_computation
 
-# PyTorch has no public name for these two; a version without them gets the dispatcher's way.
+# PyTorch has no public name for these; a version without them gets the longer way.
+_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _transforms: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
@@ -136,6 +137,8 @@ def apply_operator(operator: Any, x_TD: Tensor, routing: Routing, params: Mappin
 
 def compute_dtype(x_TD: Tensor) -> torch.dtype:
     """The dtype in which the experts multiply: that of x, or autocast's."""
+    if not _any_autocast():
+        return x_TD.dtype
     device = x_TD.device.type
     under_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if under_autocast else x_TD.dtype

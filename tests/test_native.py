@@ -267,8 +267,8 @@ def test_packed_weights_follow_the_parameters(name: str, change: str) -> None:
     x, routing = drawn(SMALL, 30, torch.float32)
     with torch.no_grad():
         first = [moe.apply_experts(x, routing) for _ in range(3)]
-        entry = packing._entries[moe.get_parameter("experts.gate_up_proj")]
-        assert entry.packed is not None
+        entry = packing.entry_of(moe.get_parameter("experts.gate_up_proj"))
+        assert entry is not None and entry.packed is not None
         assert all(torch.equal(y, first[0]) for y in first)
         CHANGES[change](moe.get_parameter(name))
         changed = moe.apply_experts(x, routing)
@@ -286,11 +286,12 @@ def test_packed_and_unpacked_weights_give_the_same_bits(config: MoEConfig, dtype
     with torch.no_grad():
         packed = [moe.apply_experts(x, routing) for _ in range(2)][1]
         weight = moe.get_parameter("experts.gate_up_proj")
-        assert packing._entries[weight].packed is not None
+        entry = packing.entry_of(weight)
+        assert entry is not None and entry.packed is not None
         packing.forget(weight)
         monkeypatch.setenv("MOEBIUS_PACK", "0")
         assert torch.equal(moe.apply_experts(x, routing), packed)
-        assert weight not in packing._entries
+        assert packing.entry_of(weight) is None
 
 
 def test_packed_weights_go_with_their_parameters_and_with_training() -> None:

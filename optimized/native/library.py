@@ -88,9 +88,9 @@ class Library:
         """Free the workspace that is kept for the next call."""
         self._c.moebius_release()
 
-    def sample(self, tensor: Tensor) -> int:
-        """A checksum of a few places spread over a tensor."""
-        return self._c.moebius_sample(tensor.data_ptr(), tensor.nbytes)
+    def sample(self, at: int, size: int) -> int:
+        """A checksum of a few places spread over so many bytes at an address."""
+        return self._c.moebius_sample(at, size)
 
     @staticmethod
     def _check(code: int) -> None:
