@@ -18,7 +18,7 @@ endif
 MOEBIUS := $(PY) -m optimized.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help install tour test model lint types parity bench kernels kernel-faults second-triton gpu-check ladder expert-parallel lab notebooks \
+.PHONY: help install tour test model lint types parity bench readme kernels kernel-faults second-triton gpu-check ladder expert-parallel lab notebooks \
 	status site site-build clean
 
 help:  ## this list
@@ -55,7 +55,10 @@ parity: $(INSTALLED)  ## every track against the reference
 	$(MOEBIUS) parity $(ARGS)
 
 bench: $(INSTALLED)  ## time the fast path against the limit and every peer (needs a quiet machine)
-	$(MOEBIUS) bench --json docs/results/bench-cpu.json $(ARGS)
+	$(MOEBIUS) bench --json docs/results/bench-cpu.json $(ARGS); code=$$?; $(PY) docs/tools/readme.py && exit $$code
+
+readme: $(INSTALLED)  ## write the README's table from the committed benchmark
+	$(PY) docs/tools/readme.py
 
 kernels: $(INSTALLED)  ## compile every kernel without a GPU and write the table
 	$(MOEBIUS) kernels --rejected --json docs/results/kernels-3.7.1.json $(ARGS)

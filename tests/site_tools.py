@@ -15,8 +15,9 @@ import layout
 import measured
 import plots
 import pictures
+import readme
 import render
 import sources
 import tables
 
-__all__ = ["build", "figures", "layout", "measured", "pictures", "plots", "render", "sources", "tables"]
+__all__ = ["build", "figures", "layout", "measured", "pictures", "plots", "readme", "render", "sources", "tables"]

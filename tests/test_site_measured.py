@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from site_tools import layout, measured, plots, render, tables
+from site_tools import layout, measured, plots, readme, render, tables
 
 
 @pytest.mark.parametrize("name", plots.PLOTS)
@@ -46,3 +46,11 @@ def test_scrubber_knows_every_checkpoint_of_the_run() -> None:
     assert len(measured.scrubber_states(data)) == sum(len(one["layers"]) for run in data["runs"] for one in run["checkpoints"])
     committed = measured.result("specialization")["runs"][1]["checkpoints"][3]["layers"]["1"]
     np.testing.assert_allclose(data["runs"][1]["checkpoints"][3]["layers"][1]["share"], committed["share"], atol=5.1e-4)
+
+
+def test_readme_shows_the_committed_benchmark() -> None:
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.filled(text) == text, "`make readme` writes it again"
+    assert readme.filled(text.replace(readme.table(), "another run's numbers")) == text
+    with pytest.raises(ValueError, match="0 places"):
+        readme.filled("no such place")

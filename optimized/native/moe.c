@@ -27,7 +27,7 @@ enum {
     HUGE_PAGE = 2 << 20,
     SAMPLES = 16,
     AHEAD = 8,                  /* units of a panel with gaps that are fetched before they are used */
-    FEW_ROWS = 2 * TILE_ROWS,   /* for so few rows a panel is used once or twice where it lies, and packing it would cost more */
+    FEW_ROWS = 4 * TILE_ROWS,   /* for so few rows a panel is used where it lies, because packing it would cost more */
     PAST_BYTES = 8 << 20,       /* a stack of gradients from this size on is written past the caches */
     PANELS_BYTES = 256 << 10,   /* so much of B is packed at once for a gradient's rows: a part of the second-level cache */
 };

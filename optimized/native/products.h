@@ -144,13 +144,13 @@ static void TYPE(some_rows)(
  * parts has a smaller rounding error than one that runs through. Where there are enough tiles, each fetches a slice of the next part,
  * which follows in memory, so that no tile waits for it. */
 static void TYPE(product)(const elem *const *a, long step, long rows, TYPE(panel) panel, long count, float *c) {
-    const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, packed = panel.stride == WIDTH * PER_UNIT;
     for (long k = 0; k < count || k == 0; k += DEPTH) {
         const long part = count - k < DEPTH ? count - k : DEPTH;
         const elem *here = panel.at + k * panel.stride;
         for (long r = 0, t = 0; t < tiles; t++) {
             const int take = (int)((rows - r + tiles - t - 1) / (tiles - t)); /* 7 rows are 4 + 3, not 6 + 1: short tiles waste loads */
-            const int fetching = tiles >= SLICES && t < SLICES && take >= 5 ? FETCHING : 0;
+            const int fetching = packed && tiles >= SLICES && t < SLICES && take >= 5 ? FETCHING : 0;
             const elem *from[TILE_ROWS];
             for (int i = 0; i < take; i++) from[i] = a[r + i] + k * step;
             TYPE(some_rows)(take + fetching, from, step, here, panel.stride, part, c + r * WIDTH, k > 0, here + (SLICES + t) * part * (WIDTH * PER_UNIT / SLICES));
