@@ -17,7 +17,8 @@ def table() -> str:
     shapes = "\n".join(f"- {name}: {timings.sizes(name)}" for name in timings.result()["plan"]["shapes"])
     return (
         f"{timings.summary()}\n\n{shapes}\n\n"
-        f"fp32, one thread of {machine['processor']}; times: how many times as long the fastest other implementation of the same function takes.\n"
+        f"fp32, one thread of {machine['processor']}; times: how many times as long the fastest other implementation of the same function\n"
+        "takes. "
         f"Of {counts['measurements']} measurements, bf16 and all threads among them, somebody else is faster in {counts['losses']}; of "
         f"{counts['goals']} goals {counts['reached']} are\nreached. [How they are taken, and each of them](docs/benchmarks.md)."
     )
