@@ -149,7 +149,8 @@ def route(
         return route_forward(x_TD, params, config, tokens, training=training, rng=rng, replay=replay)
     function, gating, draws = config.scores.function, config.gating, Draws(rng)
     with without_autocast(x_TD.device):
-        logits_TE, noise = router_logits_forward(x_TD, params, config.scores, draws, training=training)
+        given = {"training": training, "previous_TE": tokens.previous_TE}
+        logits_TE, noise = router_logits_forward(x_TD, params, config.scores, draws, **given)
         bias = params["router.correction_bias"] if gating.correction_bias else None
         settings = (getattr(gating, name) for name in SETTINGS)
         scores_TE, expert_TK, gate_TK, load_E = ROUTE(noise.noisy_TE, bias, tokens.real_T, function, *settings)

@@ -126,14 +126,15 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
             experts=ExpertsConfig(128, 4096, "relu"),
         ),
     ),
-    # Its gates' residuals from layer to layer are left out. Released code drops nothing in evaluation: no expert fills at a factor of E.
+    # Released code drops nothing in evaluation: no expert fills at a factor of E.
     "moe-plus-plus-7b": dict(
         source="Jin et al. 2024 (MoE++, arXiv 2410.07348), §3, §4.1, Tables 2 and 3 and §B.2: MoE++ 7B/(16+4)E",
         layers=24, vocabulary=65536, dense_width=4096, attention=AttentionConfig("gqa", 16, 16, 96),
         moe=MoEConfig(
             1536,
-            gating=GatingConfig(top_k=2),
-            capacity=CapacityConfig("per_assignment", factor=1.1, eval_factor=20.0),
+            ScoresConfig(residual=True),
+            GatingConfig(top_k=2),
+            CapacityConfig("per_assignment", factor=1.1, eval_factor=20.0),
             experts=ExpertsConfig(20, 4096, zero_computation=(("constant", 2), ("copy", 1), ("zero", 1)), network_share=0.75),
             balance=BalanceConfig((("heterogeneous_balance", 0.01),)),
         ),
