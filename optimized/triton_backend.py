@@ -157,7 +157,7 @@ def route(
         picked_TK = tokens.real_T[:, None].expand(expert_TK.shape)
         limited = config.capacity.formula != "none"
         room = expert_capacity(config, tokens, training=training) if limited else None
-        keep_TK = keep_wanted(expert_TK, gate_TK.detach(), picked_TK, room, config, tokens, draws, training=training)[1]
+        keep_TK = keep_wanted(expert_TK, gate_TK.detach(), picked_TK, room, config, tokens, draws=draws, training=training)[1]
         if gating.expert_scale:
             gate_TK = expert_scale_forward(gate_TK, expert_TK, params["router.expert_scale"])
         probability_TE = SCORE_FUNCTIONS[function].probability_forward(scores_TE)

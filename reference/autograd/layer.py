@@ -133,8 +133,8 @@ class Decision(NamedTuple):
 
 
 def keep_wanted(
-    chosen_TK: Tensor, gate_TK: Tensor, picked_TK: Tensor, room: Tensor | None, config: MoEConfig, tokens: TokenInfo, draws: Draws,
-    *, training: bool,
+    chosen_TK: Tensor, gate_TK: Tensor, picked_TK: Tensor, room: Tensor | None, config: MoEConfig, tokens: TokenInfo, *,
+    draws: Draws, training: bool,
 ) -> Placed:  # fmt: skip
     """What follows a choice: second choice, drop (room None: there is enough for all), recycling."""
     rule = config.gating.second_choice if training else "always"
@@ -153,7 +153,7 @@ def _decide(scores_TE: Tensor, bias: Tensor | None, config: MoEConfig, tokens: T
     room = expert_capacity(config, tokens, training=training) if limited else None
     chosen_TK, picked_TK = choose(scores_TE, bias, config.gating, tokens, context._replace(slots_B=room))
     gate_TK = gates_forward(scores_TE, chosen_TK, config.gating)
-    expert_TK, keep_TK = keep_wanted(chosen_TK, gate_TK, picked_TK, room, config, tokens, draws, training=training)
+    expert_TK, keep_TK = keep_wanted(chosen_TK, gate_TK, picked_TK, room, config, tokens, draws=draws, training=training)
     load_E = tokens.total(count_load(chosen_TK, picked_TK, config.experts.count))
     return Decision(chosen_TK, picked_TK, expert_TK, keep_TK, load_E)
 
