@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reference import cost, init_params, moe_backward, moe_forward, presets
+from reference import chained_backward, cost, init_params, moe_backward, moe_forward, presets
 from reference.architectures import run as run_recipe
 from reference.config import MoEConfig
 from reference.layer import BUFFERS
@@ -37,7 +37,8 @@ class Errors(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Inputs of one pass: x and the cotangent dy [T, D], parameters, each token's group and id, and which tokens are padding."""
+    """Inputs of one pass: x and the cotangent dy [T, D], parameters, each token's group and id, which tokens are padding, and the logits
+    of a layer before, where the router reads them."""
 
     x_TD: np.ndarray
     dy_TD: np.ndarray
@@ -45,10 +46,12 @@ class Pass(NamedTuple):
     group_T: np.ndarray
     pad_T: np.ndarray
     id_T: np.ndarray
+    previous_TE: np.ndarray | None = None
 
     def facts(self) -> dict[str, np.ndarray]:
         """What `moe_forward` is told about the tokens."""
-        return {"group_ids": self.group_T, "pad_mask": self.pad_T, "token_ids": self.id_T}
+        known = {"group_ids": self.group_T, "pad_mask": self.pad_T, "token_ids": self.id_T}
+        return known if self.previous_TE is None else {**known, "previous_logits": self.previous_TE}
 
 
 def random_bias(config: MoEConfig, rng: np.random.Generator) -> np.ndarray:
@@ -62,10 +65,12 @@ def draw(config: MoEConfig, seed: int, *, tokens: int = 60, groups: int = 3, pad
     x_TD, dy_TD = rng.standard_normal((2, tokens, config.d_model))
     params = init_params(config, rng)
     for name in params:
-        if name.endswith(("bias", "noise_weight", "scale")):
+        if name.endswith(("bias", "noise_weight", "residual_weight", "scale")):
             params[name] = random_bias(config, rng) if name in BUFFERS else params[name] + rng.normal(0, 0.3, params[name].shape)
     group_T, pad_T = rng.integers(0, groups, tokens), rng.random(tokens) < padded
-    return Pass(x_TD, dy_TD, params, group_T, pad_T, rng.integers(0, max(config.gating.vocabulary, 1), tokens))
+    id_T = rng.integers(0, max(config.gating.vocabulary, 1), tokens)
+    previous_TE = rng.standard_normal((tokens, config.experts.count)) if config.scores.residual else None
+    return Pass(x_TD, dy_TD, params, group_T, pad_T, id_T, previous_TE)
 
 
 class _Recorded:
@@ -112,7 +117,8 @@ def autograd_errors(config: MoEConfig, inputs: Pass, *, training: bool = True) -
     moe = MoE(config, dtype=torch.float64).train(training)
     moe.load_state_dict(params_from_numpy(inputs.params))
     x = torch.tensor(inputs.x_TD, requires_grad=True)
-    y, aux = moe(x, **{name: torch.tensor(array) for name, array in inputs.facts().items()})
+    given = {name: torch.tensor(array, requires_grad=array.dtype.kind == "f") for name, array in inputs.facts().items()}
+    y, aux = moe(x, **given)
     (y.mul(torch.tensor(inputs.dy_TD)).sum() + aux.loss).backward()
     routing = routing_to_numpy(aux.routing)
 
@@ -120,7 +126,7 @@ def autograd_errors(config: MoEConfig, inputs: Pass, *, training: bool = True) -
         inputs.x_TD, inputs.params, config, training=training,
         rng=_Recorded(routing.draws.values()), **inputs.facts(),  # type: ignore[arg-type]
     )  # fmt: skip
-    dx_TD, dparams = moe_backward(inputs.dy_TD, cache)
+    dx_TD, dprevious_TE, dparams = chained_backward(inputs.dy_TD, cache)
     fields = ("expert", "gate", "keep", "load", "importance", "logits", "scores")
     forward = _measure(
         {
@@ -131,8 +137,9 @@ def autograd_errors(config: MoEConfig, inputs: Pass, *, training: bool = True) -
         {"y": output.y, **output.losses, **{key: getattr(output.routing, key) for key in fields}},
     )
     gradients = {key: np.zeros(weight.shape) if weight.grad is None else weight.grad.numpy() for key, weight in moe.named_parameters()}
-    assert x.grad is not None
-    return forward, _measure({"dx": x.grad.numpy(), **gradients}, {"dx": dx_TD, **dparams})
+    read = {"dx": (x, dx_TD)} | ({} if dprevious_TE is None else {"dprevious": (given["previous_logits"], dprevious_TE)})
+    gradients |= {key: tensor.grad.numpy() for key, (tensor, _) in read.items() if tensor.grad is not None}
+    return forward, _measure(gradients, {key: truth for key, (_, truth) in read.items()} | dparams)
 
 
 def transformers_errors(

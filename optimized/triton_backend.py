@@ -149,14 +149,15 @@ def route(
         return route_forward(x_TD, params, config, tokens, training=training, rng=rng, replay=replay)
     function, gating, draws = config.scores.function, config.gating, Draws(rng)
     with without_autocast(x_TD.device):
-        logits_TE, noise = router_logits_forward(x_TD, params, config.scores, draws, training=training)
+        given = {"training": training, "previous_TE": tokens.previous_TE}
+        logits_TE, noise = router_logits_forward(x_TD, params, config.scores, draws, **given)
         bias = params["router.correction_bias"] if gating.correction_bias else None
         settings = (getattr(gating, name) for name in SETTINGS)
         scores_TE, expert_TK, gate_TK, load_E = ROUTE(noise.noisy_TE, bias, tokens.real_T, function, *settings)
         picked_TK = tokens.real_T[:, None].expand(expert_TK.shape)
         limited = config.capacity.formula != "none"
         room = expert_capacity(config, tokens, training=training) if limited else None
-        keep_TK = keep_wanted(expert_TK, gate_TK.detach(), picked_TK, room, config, tokens, draws, training=training)[1]
+        keep_TK = keep_wanted(expert_TK, gate_TK.detach(), picked_TK, room, config, tokens, draws=draws, training=training)[1]
         if gating.expert_scale:
             gate_TK = expert_scale_forward(gate_TK, expert_TK, params["router.expert_scale"])
         probability_TE = SCORE_FUNCTIONS[function].probability_forward(scores_TE)

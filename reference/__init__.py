@@ -18,6 +18,7 @@ from .layer import (
     MoEOutput,
     Routing,
     apply_experts,
+    chained_backward,
     init_params,
     moe_backward,
     moe_forward,
@@ -30,6 +31,6 @@ from .model_config import AttentionConfig, ModelConfig
 
 __all__ = [
     "AttentionConfig", "BalanceConfig", "CapacityConfig", "ExpertsConfig", "GatingConfig", "MoEConfig", "MoEOutput", "ModelConfig",
-    "Routing", "ScoresConfig", "apply_experts", "init_params", "moe_backward", "moe_forward", "parameter_shapes", "presets", "route",
-    "update_bias", "update_penalty",
+    "Routing", "ScoresConfig", "apply_experts", "chained_backward", "init_params", "moe_backward", "moe_forward", "parameter_shapes",
+    "presets", "route", "update_bias", "update_penalty",
 ]  # fmt: skip

@@ -40,6 +40,7 @@ class ScoresConfig:
     input_norm   "none" | "rms": the router's copy of the input has an RMS of 1
     softcap      c > 0 bends the logits into (−c, c); 0: not
     logit_noise  "none" | "learned": in training, normal noise on the logits whose size each token learns (Shazeer 2017)
+    residual     a learned matrix adds to the logits those of the MoE layer before, where they are given (MoE++)
     """
 
     function: str = "softmax"
@@ -49,6 +50,7 @@ class ScoresConfig:
     input_norm: str = "none"
     softcap: float = 0.0
     logit_noise: str = "none"
+    residual: bool = False
 
     def __post_init__(self) -> None:
         for name in ("noise_scale", "softcap"):
@@ -290,9 +292,8 @@ class MoEConfig:
             recycle == "none" or "importance" not in dict(self.balance.losses),
             f"balance.losses names 'importance', the sum of an expert's own gates, but capacity.recycle is {recycle!r}",
         )
-        require(
-            second == "always" or not rule.every_expert, f"{said}, which knows no second choice, but gating.second_choice is {second!r}"
-        )
+        always = second == "always" or not rule.every_expert
+        require(always, f"{said}, which knows no second choice, but gating.second_choice is {second!r}")
         formula = self.capacity.formula
         require(gating.choice != "positive" or formula == "none", f"{said}, which is dropless, but capacity.formula is {formula!r}")
         require(
@@ -337,8 +338,7 @@ class MoEConfig:
         """The config that `to_dict` wrote. Raises ValueError naming an unknown field."""
         parts = {"scores": ScoresConfig, "gating": GatingConfig, "capacity": CapacityConfig,
                  "experts": ExpertsConfig, "balance": BalanceConfig}  # fmt: skip
-        checked = known_fields(cls, data)
-        return cls(**{k: parts[k](**known_fields(parts[k], v)) if k in parts else v for k, v in checked.items()})
+        return cls(**{k: parts[k](**known_fields(parts[k], v)) if k in parts else v for k, v in known_fields(cls, data).items()})
 
 
 def known_fields(cls: type, data: Any) -> dict[str, Any]:

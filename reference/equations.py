@@ -17,6 +17,8 @@ class Equation(NamedTuple):
 ROUTERS = {
     "router-norm": Equation(
         r"\tilde x_t = \frac{x_t}{\sqrt{\frac{1}{D} \sum_d x_{td}^2 + 10^{-6}}}", "reference.scores.rms_norm_forward", "RMSNorm"),
+    "router-residual": Equation(
+        r"z^{(l)}_{te} = \sum_d x_{td} W_{ed} + \sum_j z^{(l-1)}_{tj}\, V_{ej}", "reference.scores.residual_forward", "MoE++"),
     "softcap": Equation(r"\tilde z_{te} = c \tanh \frac{z_{te}}{c}", "reference.scores.softcap_forward", "Gemma 2"),
     "score-sqrt-softplus": Equation(
         r"s_{te} = \sqrt{\log(1 + \exp z_{te})}", "reference.scores.sqrt_softplus_forward"),

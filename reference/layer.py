@@ -14,7 +14,7 @@ from .config import MoEConfig, require
 from .dispatch import combine_backward, combine_forward, dispatch_backward, dispatch_forward, gate_rows_backward, gate_rows_forward
 from .expert_dropout import dropout_factors
 from .experts import Params, experts_backward, experts_forward
-from .parameters import BUFFERS, check_input, check_params, init_params, parameter_shapes
+from .parameters import BUFFERS, check_input, check_params, check_previous, init_params, parameter_shapes
 from .penalty import loss_weights, update_penalty
 from .routing import Routing, check_replay, route_backward, route_forward, soft_route_backward, soft_route_forward
 from .shared import add_shared_backward, add_shared_forward
@@ -23,8 +23,8 @@ from .tokens import TokenInfo, token_info
 
 __all__ = [
     "BUFFERS", "LayerCache", "MoEOutput", "Params", "Routing", "apply_experts", "apply_experts_backward", "apply_experts_forward",
-    "check_input", "check_params", "check_replay", "init_params", "moe_backward", "moe_forward", "parameter_shapes", "route",
-    "route_backward", "route_forward", "update_bias", "update_penalty",
+    "chained_backward", "check_input", "check_params", "check_previous", "check_replay", "init_params", "moe_backward", "moe_forward",
+    "parameter_shapes", "route", "route_backward", "route_forward", "update_bias", "update_penalty",
 ]  # fmt: skip
 
 
@@ -84,7 +84,7 @@ class Seams(NamedTuple):
     """Both seams of a layer, forward and backward; what `apply_backward` returns in its second place is what `route_backward` takes."""
 
     route: Callable[..., Any]
-    route_backward: Callable[..., tuple[np.ndarray, Params]]
+    route_backward: Callable[..., tuple[np.ndarray, np.ndarray | None, Params]]
     apply: Callable[..., tuple[np.ndarray, Any]]
     apply_backward: Callable[..., tuple[np.ndarray, Any, Params]]
 
@@ -104,11 +104,13 @@ def route(
     x_TD: np.ndarray, params: Params, config: MoEConfig, *,
     training: bool = False, rng: np.random.Generator | None = None, token_ids: np.ndarray | None = None,
     group_ids: np.ndarray | None = None, pad_mask: np.ndarray | None = None, replay: Routing | None = None,
+    previous_logits: np.ndarray | None = None,
 ) -> Routing:  # fmt: skip
     """The first seam: which experts every token goes to, and with what gates. Arguments as in `moe_forward`."""
     check_input(x_TD, config)
     check_params(params, config)
-    tokens = token_info(len(x_TD), token_ids, group_ids, pad_mask)
+    check_previous(previous_logits, len(x_TD), config)
+    tokens = token_info(len(x_TD), token_ids, group_ids, pad_mask, previous_logits)
     return _seams(config).route(x_TD, params, config, tokens, training=training, rng=rng, replay=replay)[0]
 
 
@@ -127,18 +129,22 @@ def moe_forward(
     x_TD: np.ndarray, params: Params, config: MoEConfig, *,
     training: bool = False, rng: np.random.Generator | None = None, token_ids: np.ndarray | None = None,
     group_ids: np.ndarray | None = None, pad_mask: np.ndarray | None = None, replay: Routing | None = None,
+    previous_logits: np.ndarray | None = None,
 ) -> tuple[MoEOutput, LayerCache]:  # fmt: skip
     """A Mixture-of-Experts layer (moe): y_t = Σ_k g_tk FFN_{e_tk}(x_t) + FFN_shared(x_t).
 
     Shapes: x [T, D]; token_ids, group_ids [T] int; pad_mask [T] bool, True for padding, whose y is 0.
     training switches noise, random second choices, the training capacity and the losses on; rng is needed where something is drawn.
     replay: an earlier routing, whose decisions and draws are used again.
+    previous_logits: [T, E], the `routing.logits` of the MoE layer before, for a config with scores.residual; without them, as in the
+    first layer, the term is absent.
     Returns: (output, cache for `moe_backward`).
     Raises: ValueError for a wrong shape or dtype, NaN or infinity in x or params, or a replay that does not fit.
     """
     check_input(x_TD, config)
     check_params(params, config)
-    tokens = token_info(len(x_TD), token_ids, group_ids, pad_mask)
+    check_previous(previous_logits, len(x_TD), config)
+    tokens = token_info(len(x_TD), token_ids, group_ids, pad_mask, previous_logits)
     routing, losses, route_cache = _seams(config).route(x_TD, params, config, tokens, training=training, rng=rng, replay=replay)
     y_TD, apply_cache = _seams(config).apply(x_TD, routing, params, config)
     shared_cache = None
@@ -166,15 +172,30 @@ def moe_backward(dy_TD: np.ndarray, cache: LayerCache, dloss: float | Mapping[st
 
     dy is the cotangent of output.y; dloss that of output.loss, or a mapping from loss name to the cotangent of the unweighted loss.
     """
+    dx_TD, _, dparams = chained_backward(dy_TD, cache, dloss)
+    return dx_TD, dparams
+
+
+def chained_backward(
+    dy_TD: np.ndarray, cache: LayerCache, dloss: float | Mapping[str, float] = 1.0, dlogits: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray | None, Params]:
+    """`moe_backward` of a layer in a chain of routers: (dx [T, D], dprevious [T, E], gradients by parameter name).
+
+    dlogits is the cotangent of output.routing.logits: the dprevious of the layer after it, None after the last. dprevious is None where
+    the pass was given no previous_logits. Raises: ValueError for a wrong shape.
+    """
     expected = (len(cache.tokens.real_T), cache.config.d_model)
     require(dy_TD.shape == expected, f"dy has shape {dy_TD.shape}; y has {expected}")
+    logits = (expected[0], *cache.params["router.weight"].shape[:-1])
+    behind: np.ndarray | float = 0.0 if dlogits is None else dlogits
+    require(dlogits is None or dlogits.shape == logits, f"dlogits has shape {np.shape(behind)}; the logits have {logits}")
     dshared_TD, dshared = np.zeros_like(dy_TD), {}
     if cache.shared is not None:
         dshared_TD, dy_TD, dshared = add_shared_backward(dy_TD, cache.shared, cache.params, cache.config.experts)
     seams = _seams(cache.config)
     dx_TD, dgate, dparams = seams.apply_backward(dy_TD, cache.apply)
-    drouter_TD, drouter = seams.route_backward(dgate, _loss_cotangents(dloss, cache), cache.route)
-    return dx_TD + drouter_TD + dshared_TD, dparams | drouter | dshared
+    drouter_TD, dprevious_TE, drouter = seams.route_backward(dgate, _loss_cotangents(dloss, cache), cache.route, behind)
+    return dx_TD + drouter_TD + dshared_TD, dprevious_TE, dparams | drouter | dshared
 
 
 def update_bias(correction_bias: np.ndarray, load_E: np.ndarray, config: MoEConfig) -> np.ndarray:

@@ -97,6 +97,7 @@ class ModelConfig:
         counts, most = self.expert_counts, self.moe.experts.count
         require(len(counts) == moe_layers, f"expert_counts has {len(counts)} entries; the model has {moe_layers} MoE layers")
         require(self.encoder_layers == 0, f"expert_counts is for decoders alone, but encoder_layers is {self.encoder_layers}")
+        require(not self.moe.scores.residual, f"scores.residual adds logits of layers with equal experts, but expert_counts is {counts}")
         require(all(is_count(count, 1) for count in counts), f"expert_counts is {counts}; a layer needs at least 1 expert")
         require(max(counts) == most, f"the largest of expert_counts is {max(counts)}, but moe.experts.count is {most}")
         for count in set(counts):
@@ -115,8 +116,10 @@ class ModelConfig:
         return self.moe_every > 0 and layer >= self.first_dense and (layer - self.first_dense + 1) % self.moe_every == 0
 
     def layer_moe(self, layer: int) -> MoEConfig:
-        """The MoE layer number `layer` (from 0) of the decoder: `moe`, with the experts that it has there."""
-        return self._with_experts(self.expert_counts[sum(map(self.is_moe, range(layer)))]) if self.expert_counts else self.moe
+        """The MoE layer number `layer` (from 0) of the decoder: `moe`, with its own experts; the first reads no other's logits."""
+        number = sum(map(self.is_moe, range(layer)))
+        config = self._with_experts(self.expert_counts[number]) if self.expert_counts else self.moe
+        return config if number else dataclasses.replace(config, scores=dataclasses.replace(config.scores, residual=False))
 
     def moe_layers(self) -> list[MoEConfig]:
         """The config of every MoE layer, the encoder's first."""

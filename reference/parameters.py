@@ -40,6 +40,7 @@ def _router_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
         "scale": (gating.choice == "soft", (1,)),
         "bias": (config.scores.bias, (experts,)),
         "noise_weight": (LOGIT_NOISE[config.scores.logit_noise].learned, (experts, config.d_model)),
+        "residual_weight": (config.scores.residual, (experts, experts)),
         "expert_scale": (gating.expert_scale, (experts,)),
         "correction_bias": (gating.correction_bias, (experts,)),
         "hash_table": (gating.vocabulary > 0, (gating.vocabulary, gating.top_k)),
@@ -77,6 +78,7 @@ class Start(NamedTuple):
 
 STARTS: dict[str, Start] = {
     "router.noise_weight": Start(_zeros),
+    "router.residual_weight": Start(_zeros),  # from N(0, 1/E) the variance of the logits would grow by 1 with every layer
     "router.expert_scale": Start(_ones),
     "router.scale": Start(_ones),
     "router.correction_bias": Start(_zeros, np.float32),
@@ -114,3 +116,16 @@ def check_input(x_TD: np.ndarray, config: MoEConfig) -> None:
     require(x_TD.ndim == 2 and x_TD.shape[1] == config.d_model, f"x has shape {x_TD.shape}; it must be (T, {config.d_model})")
     broken = np.flatnonzero(~np.isfinite(x_TD).all(1))
     require(len(broken) == 0, f"x holds NaN or infinity, in tokens {broken[:5].tolist()}")
+
+
+def check_previous(previous_TE: np.ndarray | None, tokens: int, config: MoEConfig) -> None:
+    """ValueError unless the logits of the layer before are absent, or a finite [T, E] array of floats that this config reads."""
+    if previous_TE is None:
+        return
+    needed = (tokens, config.experts.count)
+    require(config.scores.residual, "previous_logits are given, but scores.residual is False: this router does not read them")
+    require(np.shape(previous_TE) == needed, f"previous_logits has shape {np.shape(previous_TE)}; this layer needs {needed}")
+    dtype = getattr(previous_TE, "dtype", type(previous_TE))
+    require(isinstance(previous_TE, np.ndarray) and previous_TE.dtype.kind == "f", f"previous_logits must be a float array, got {dtype}")
+    broken = np.flatnonzero(~np.isfinite(previous_TE).all(1))
+    require(len(broken) == 0, f"previous_logits holds NaN or infinity, in tokens {broken[:5].tolist()}")

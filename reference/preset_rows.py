@@ -74,9 +74,12 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
         layers=24, moe_every=6, vocabulary=256384, tied_embeddings=True, dense_width=8192, attention=AttentionConfig("gqa", 24, 24, 128),
         moe=_OPENMOE,
     ),
+    # Every size is that of ColossalAI's openmoe_34b_config.json but for the head, which that file does not tie (35.4 billion then): a tied
+    # one is what gives openmoe-8b its printed total.
     "openmoe-34b": dict(
         like="openmoe-8b",
-        source="Xue et al. 2024 (OpenMoE, arXiv 2402.01739), §2.2 and Table 11; the rest as for openmoe-8b",
+        source="Xue et al. 2024 (OpenMoE, arXiv 2402.01739), §2.2 and Table 11; openmoe_34b_config.json of ColossalAI; 34B is its name: "
+        "33.8 billion without the vocabulary's table, 34.6 with it",
         layers=32, moe_every=4, dense_width=12288, attention=AttentionConfig("gqa", 24, 24, 128),
         moe=replace(_OPENMOE, d_model=3072, experts=ExpertsConfig(32, 12288, shared=1)),
     ),
@@ -126,14 +129,16 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
             experts=ExpertsConfig(128, 4096, "relu"),
         ),
     ),
-    # Its gates' residuals from layer to layer are left out. Released code drops nothing in evaluation: no expert fills at a factor of E.
+    # Released code drops nothing in evaluation: no expert fills at a factor of E.
     "moe-plus-plus-7b": dict(
-        source="Jin et al. 2024 (MoE++, arXiv 2410.07348), §3, §4.1, Tables 2 and 3 and §B.2: MoE++ 7B/(16+4)E",
+        source="Jin et al. 2024 (MoE++, arXiv 2410.07348), §3, §4.1, Tables 2 and 3 and §B.2: MoE++ 7B/(16+4)E; 7B is its name: "
+        "7.5 billion without the vocabulary's tables, 7.7 with them",
         layers=24, vocabulary=65536, dense_width=4096, attention=AttentionConfig("gqa", 16, 16, 96),
         moe=MoEConfig(
             1536,
-            gating=GatingConfig(top_k=2),
-            capacity=CapacityConfig("per_assignment", factor=1.1, eval_factor=20.0),
+            ScoresConfig(residual=True),
+            GatingConfig(top_k=2),
+            CapacityConfig("per_assignment", factor=1.1, eval_factor=20.0),
             experts=ExpertsConfig(20, 4096, zero_computation=(("constant", 2), ("copy", 1), ("zero", 1)), network_share=0.75),
             balance=BalanceConfig((("heterogeneous_balance", 0.01),)),
         ),

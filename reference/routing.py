@@ -16,7 +16,16 @@ from .expert_dropout import draw_dropout
 from .experts import Params
 from .gating import SECOND_CHOICES, expert_scale_backward, expert_scale_forward, gates_backward, gates_forward, survivors
 from .noise import LOGIT_NOISE, Noisy
-from .scores import INPUT_NOISE, INPUT_NORMS, SCORE_FUNCTIONS, logits_backward, logits_forward, softcap_forward
+from .scores import (
+    INPUT_NOISE,
+    INPUT_NORMS,
+    SCORE_FUNCTIONS,
+    logits_backward,
+    logits_forward,
+    residual_backward,
+    residual_forward,
+    softcap_forward,
+)
 from .soft import SlotLogitsCache, SoftMix, slot_logits_backward, slot_logits_forward, soft_mix, soft_mix_backward
 from .tokens import Draws, TokenInfo
 
@@ -63,41 +72,51 @@ def check_replay(replay: Routing, tokens: TokenInfo, config: MoEConfig) -> None:
 
 
 class LogitCaches(NamedTuple):
-    """What the way from x to the noisy logits leaves for its backward: the function of each stage and its cache."""
+    """What the way from x to the noisy logits leaves for its backward: the function of each stage and its cache, None without one."""
 
     config: ScoresConfig
     noise: str
     norm: Any
     factor: np.ndarray
     linear: Any
+    residual: Any
     slope: np.ndarray
     logit_noise: Any
 
 
 def router_logits_forward(
-    x_TD: np.ndarray, params: Params, config: ScoresConfig, draws: Draws, *, training: bool
+    x_TD: np.ndarray, params: Params, config: ScoresConfig, draws: Draws, *, training: bool, previous_TE: np.ndarray | None = None
 ) -> tuple[np.ndarray, Noisy, LogitCaches]:
-    """(logits [T, E], with their noise, caches): norm → input noise → linear → softcap → logit noise; noise in training only."""
+    """(logits [T, E], with their noise, caches): norm → input noise → linear → residual → softcap → logit noise; noise in training only."""
     input_noise, logit_noise = (config.noise, config.logit_noise) if training else ("none", "none")
     normed_TD, norm = INPUT_NORMS[config.input_norm].forward(x_TD)
     noisy_TD, factor = INPUT_NOISE[input_noise](normed_TD, config.noise_scale, draws)
     raw_TE, linear = logits_forward(noisy_TD, params["router.weight"], params.get("router.bias"))
+    residual = None
+    if previous_TE is not None:
+        raw_TE, residual = residual_forward(raw_TE, previous_TE, params["router.residual_weight"])
     logits_TE, slope = softcap_forward(raw_TE, config.softcap)
     noise, cache = LOGIT_NOISE[logit_noise].forward(logits_TE, noisy_TD, params.get("router.noise_weight"), draws)
-    return logits_TE, noise, LogitCaches(config, logit_noise, norm, factor, linear, slope, cache)
+    return logits_TE, noise, LogitCaches(config, logit_noise, norm, factor, linear, residual, slope, cache)
 
 
 def router_logits_backward(
-    dlogits_TE: np.ndarray, dnoisy_TE: np.ndarray, ddeviation: np.ndarray | float, cache: LogitCaches
-) -> tuple[np.ndarray, Params]:
-    """(dx [T, D], gradients by name) of `router_logits_forward`, from the cotangents of logits, noisy logits and deviation."""
+    dlogits_TE: np.ndarray | float, dnoisy_TE: np.ndarray, ddeviation: np.ndarray | float, cache: LogitCaches
+) -> tuple[np.ndarray, np.ndarray | None, Params]:
+    """(dx [T, D], dprevious [T, E] or None, gradients by name) of `router_logits_forward`, from the cotangents of logits, noisy logits
+    and deviation."""
     dclean_TE, dnoise_TD, dnoise_weight = LOGIT_NOISE[cache.noise].backward(dnoisy_TE, ddeviation, cache.logit_noise)
-    dinput_TD, dweight, dbias = logits_backward((dlogits_TE + dclean_TE) * cache.slope, cache.linear)
+    draw_TE, dprevious_TE = (dlogits_TE + dclean_TE) * cache.slope, None
+    dinput_TD, dweight, dbias = logits_backward(draw_TE, cache.linear)
     dparams = {"router.weight": dweight} | ({"router.bias": dbias} if cache.config.bias else {})
     if LOGIT_NOISE[cache.config.logit_noise].learned:
         dparams["router.noise_weight"] = np.zeros_like(dweight) if dnoise_weight is None else dnoise_weight
+    if cache.config.residual:
+        dparams["router.residual_weight"] = np.zeros((len(dweight), len(dweight)), dweight.dtype)
+    if cache.residual is not None:
+        dprevious_TE, dparams["router.residual_weight"] = residual_backward(draw_TE, cache.residual)
     dinput_TD = dinput_TD if dnoise_TD is None else dinput_TD + dnoise_TD
-    return INPUT_NORMS[cache.config.input_norm].backward(dinput_TD * cache.factor, cache.norm), dparams
+    return INPUT_NORMS[cache.config.input_norm].backward(dinput_TD * cache.factor, cache.norm), dprevious_TE, dparams
 
 
 class RouteCache(NamedTuple):
@@ -161,7 +180,9 @@ def route_forward(
     computed anew, so gradients are alive.
     """
     draws, gating = Draws(rng, None if replay is None else replay.draws), config.gating
-    logits_TE, noise, logits_cache = router_logits_forward(x_TD, params, config.scores, draws, training=training)
+    logits_TE, noise, logits_cache = router_logits_forward(
+        x_TD, params, config.scores, draws, training=training, previous_TE=tokens.previous_TE
+    )
     function = SCORE_FUNCTIONS[config.scores.function]
     scores_TE, scores_cache = function.forward(noise.noisy_TE)
     probability_TE, probability_cache = function.probability_forward(scores_TE)
@@ -186,8 +207,13 @@ def route_forward(
     return routing, {name: float(value) for name, (value, _) in results.items()}, cache
 
 
-def route_backward(dgate_TK: np.ndarray, dlosses: Mapping[str, float], cache: RouteCache) -> tuple[np.ndarray, Params]:
-    """(dx [T, D], gradients by name) from the cotangents of the gates and of each unweighted loss."""
+def route_backward(
+    dgate_TK: np.ndarray, dlosses: Mapping[str, float], cache: RouteCache, dlogits_TE: np.ndarray | float = 0.0
+) -> tuple[np.ndarray, np.ndarray | None, Params]:
+    """(dx [T, D], dprevious [T, E] or None, gradients by name) from the cotangents of the gates, of each unweighted loss and of the logits.
+
+    None: the pass was given no logits of the layer before.
+    """
     function = SCORE_FUNCTIONS[cache.config.scores.function]
     cotangents: dict[str, Any] = {}
     for name, dloss in dlosses.items():
@@ -201,8 +227,9 @@ def route_backward(dgate_TK: np.ndarray, dlosses: Mapping[str, float], cache: Ro
     if "probability" in cotangents:
         dscores_TE = dscores_TE + function.probability_backward(cotangents["probability"], cache.probability)
     dnoisy_TE = function.backward(dscores_TE, cache.scores) + cotangents.get("noisy", 0)
-    dx_TD, drouter = router_logits_backward(cotangents.get("logits", 0), dnoisy_TE, cotangents.get("deviation", 0), cache.logits)
-    return dx_TD, drouter | dparams
+    dlogits_TE = dlogits_TE + cotangents.get("logits", 0)
+    dx_TD, dprevious_TE, drouter = router_logits_backward(dlogits_TE, dnoisy_TE, cotangents.get("deviation", 0), cache.logits)
+    return dx_TD, dprevious_TE, drouter | dparams
 
 
 class SoftRouteCache(NamedTuple):
@@ -229,6 +256,9 @@ def soft_route_forward(
     return routing, {}, SoftRouteCache(logits_cache, mix, {})
 
 
-def soft_route_backward(dmix: SoftMix, dlosses: Mapping[str, float], cache: SoftRouteCache) -> tuple[np.ndarray, Params]:
-    """(dx [T, D], gradients by name) from the cotangents of dispatch and combine."""
-    return slot_logits_backward(soft_mix_backward(dmix, cache.mix), cache.logits)
+def soft_route_backward(
+    dmix: SoftMix, dlosses: Mapping[str, float], cache: SoftRouteCache, dlogits_TEC: np.ndarray | float = 0.0
+) -> tuple[np.ndarray, None, Params]:
+    """(dx [T, D], None, gradients by name) from the cotangents of dispatch, combine and the logits."""
+    dx_TD, dparams = slot_logits_backward(soft_mix_backward(dmix, cache.mix) + dlogits_TEC, cache.logits)
+    return dx_TD, None, dparams

@@ -45,6 +45,23 @@ def logits_backward(dlogits_TE: np.ndarray, cache: LogitsCache) -> tuple[np.ndar
     return dlogits_TE @ cache.weight, dlogits_TE.T @ cache.x_TD, dlogits_TE.sum(0)
 
 
+def residual_forward(logits_TE: np.ndarray, previous_TE: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, LogitsCache]:
+    """Logits that remember those of the layer before (router-residual): z_te = z_te + Σ_j z'_tj V_ej, z' the whole of these.
+
+    Shapes: logits [T, E], previous [T, E], weight V [E, E] → (logits [T, E] in fp32 or better, cache).
+    Gradient: that of the logits as it is; dz' = dz V, dV = dzᵀ z'.
+    Source: Jin et al. 2024 (MoE++), eq. 6. Deviates: its released code rounds z' to the dtype of V, bf16; fp32 here, as for the router.
+    """
+    added_TE, cache = logits_forward(previous_TE, weight)
+    return logits_TE + added_TE, cache
+
+
+def residual_backward(dlogits_TE: np.ndarray, cache: LogitsCache) -> tuple[np.ndarray, np.ndarray]:
+    """(dprevious [T, E], dweight [E, E]) of `residual_forward`."""
+    dprevious_TE, dweight, _ = logits_backward(dlogits_TE, cache)
+    return dprevious_TE, dweight
+
+
 def no_norm_forward(x_TD: np.ndarray) -> tuple[np.ndarray, None]:
     """The input as it is."""
     return x_TD, None

@@ -16,12 +16,14 @@ class TokenInfo(NamedTuple):
     groups       how many groups there are
     real_T       False where the token is padding: it takes no capacity, counts in no load or loss, and its output is 0
     token_ids_T  the vocabulary ids, or None where they were not given
+    previous_TE  the tokens' logits in the MoE layer before, or None where they were not given
     """
 
     group_T: np.ndarray
     groups: int
     real_T: np.ndarray
     token_ids_T: np.ndarray | None
+    previous_TE: np.ndarray | None = None
 
     def real_per_group(self) -> np.ndarray:
         """Number of real tokens in each group, [B] int64."""
@@ -33,11 +35,12 @@ def token_info(
     token_ids: np.ndarray | None = None,
     group_ids: np.ndarray | None = None,
     pad_mask: np.ndarray | None = None,
+    previous_logits: np.ndarray | None = None,
 ) -> TokenInfo:
     """TokenInfo of `tokens` tokens; without group_ids they are one group, without pad_mask all are real.
 
-    Shapes: token_ids [T] int, group_ids [T] int, pad_mask [T] bool (True: padding).
-    Raises: ValueError where a shape or dtype differs.
+    Shapes: token_ids [T] int, group_ids [T] int, pad_mask [T] bool (True: padding); previous_logits [T, E], kept as it is.
+    Raises: ValueError where a shape or dtype of the first three differs.
     """
     for name, array, kind in (("token_ids", token_ids, "iu"), ("group_ids", group_ids, "iu"), ("pad_mask", pad_mask, "b")):
         if array is not None:
@@ -51,7 +54,7 @@ def token_info(
         present, group_T = np.unique(group_ids, return_inverse=True)
         groups = len(present)
     real_T = np.ones(tokens, bool) if pad_mask is None else ~np.asarray(pad_mask)
-    return TokenInfo(group_T, groups, real_T, None if token_ids is None else np.asarray(token_ids))
+    return TokenInfo(group_T, groups, real_T, None if token_ids is None else np.asarray(token_ids), previous_logits)
 
 
 class Draws:

@@ -180,6 +180,14 @@ CONFIGS: dict[str, MoEConfig] = {
         experts=ExpertsConfig(8, 3, zero_computation=(("zero", 1), ("copy", 1), ("constant", 2)), network_share=0.6),
         balance=BalanceConfig((("heterogeneous_balance", 0.1),)),
     ),
+    "residual": MoEConfig(
+        6,
+        ScoresConfig(residual=True, bias=True, softcap=3.0),
+        GatingConfig(top_k=2),
+        CapacityConfig("per_assignment", factor=0.9),
+        ExpertsConfig(5, 3),
+        BalanceConfig((("expert_balance", 0.1), ("router_z", 0.01))),
+    ),
     "longcat": MoEConfig(
         6,
         gating=GatingConfig(top_k=3, correction_bias=True, scale=6.0),
@@ -204,7 +212,7 @@ SENT: dict[str, MoEConfig] = {name: config for name, config in CONFIGS.items() i
 def random_params(config: MoEConfig, rng: np.random.Generator, dtype: Any = np.float64) -> Params:
     """`init_params`, but nothing that starts at 0 or 1 has that value, so that a forgotten one is seen."""
     params = init_params(config, rng, dtype)
-    given = ("bias", "noise_weight", "scale")
+    given = ("bias", "noise_weight", "residual_weight", "scale")
     changed = {
         name: array + (0.3 * rng.standard_normal(array.shape)).astype(array.dtype) for name, array in params.items() if name.endswith(given)
     }
@@ -213,10 +221,14 @@ def random_params(config: MoEConfig, rng: np.random.Generator, dtype: Any = np.f
 
 
 def random_tokens(config: MoEConfig, rng: np.random.Generator, tokens: int, *, groups: int = 1, pads: int = 0) -> dict[str, Any]:
-    """Keyword arguments of `moe_forward`: x_TD, group_ids in mixed order, a pad_mask with `pads` pads at random places, token_ids."""
-    return {
+    """Keyword arguments of `moe_forward`: x_TD, group_ids in mixed order, a pad_mask with `pads` pads at random places, token_ids.
+
+    Where the router reads them, also previous_logits.
+    """
+    given = {
         "x_TD": rng.standard_normal((tokens, config.d_model)),
         "group_ids": rng.permutation(np.arange(tokens) % groups),
         "pad_mask": rng.permutation(np.arange(tokens) < pads),
         "token_ids": rng.integers(0, VOCABULARY, tokens),
     }
+    return given | ({"previous_logits": rng.standard_normal((tokens, config.experts.count))} if config.scores.residual else {})

@@ -179,13 +179,17 @@ def test_forward_and_gradients_are_the_reference(name: str, training: bool, rng:
     config = CONFIGS[name]
     params, x, dy = random_params(config, rng), *rng.standard_normal((2, 29, config.d_model))
     given = facts(rng, 29)
+    if config.scores.residual:
+        given["previous_logits"] = rng.standard_normal((29, config.experts.count))
     wanted, cache = reference.moe_forward(x, params, config, training=training, rng=rng, **given)
-    dx, dparams = reference.moe_backward(dy, cache, dloss=0.7)
+    dlogits = rng.standard_normal(wanted.routing.logits.shape)
+    dx, dprevious, dparams = reference.chained_backward(dy, cache, 0.7, dlogits)
 
     moe, x_TD = loaded(config, params).train(training), torch.tensor(x, requires_grad=True)
     replay = wanted.routing if wanted.routing.draws else None
-    y, aux = moe(x_TD, **{key: torch.tensor(array) for key, array in given.items()}, replay=replay)
-    ((y * torch.tensor(dy)).sum() + 0.7 * aux.loss).backward()
+    tensors = {key: torch.tensor(array, requires_grad=array.dtype.kind == "f") for key, array in given.items()}
+    y, aux = moe(x_TD, **tensors, replay=replay)
+    ((y * torch.tensor(dy)).sum() + 0.7 * aux.loss + (aux.routing.logits * torch.tensor(dlogits)).sum()).backward()
 
     assert_same("y", y, wanted.y)
     assert_same("loss", aux.loss, wanted.loss)
@@ -196,6 +200,9 @@ def test_forward_and_gradients_are_the_reference(name: str, training: bool, rng:
     replayed = reference.moe_forward(x, params, config, training=training, replay=replay, **given)[0].routing if replay else wanted.routing
     assert_same_routing(aux.routing, replayed)
     assert_same("dx", x_TD.grad, dx)
+    if dprevious is not None:
+        assert_same("dprevious", tensors["previous_logits"].grad, dprevious)
+    assert (dprevious is None) == (not config.scores.residual)
     assert grads(moe).keys() == dparams.keys()
     for key, gradient in grads(moe).items():
         if gradient is None and not training and key == "router.noise_weight":  # nothing is drawn, so nothing reads it

@@ -84,7 +84,7 @@ PUBLISHED = [
     Published("glam-64b-64e", "active", 96.6, ALL, "percent", 0.1, "GLaM, its table of model sizes"),
     Published("st-moe-32b", "total", 269, ALL, "percent", 1, "ST-MoE, abstract"),
     Published("openmoe-8b", "total", 8.7, ALL, "percent", 0.1, "OpenMoE, Table 11"),
-    Published("openmoe-34b", "total", 34, ALL, "cut", 1, "OpenMoE, Table 11; its sizes give 34.6"),
+    Published("openmoe-34b", "total", 34, NO_TABLES, "percent", 1, "OpenMoE, Table 11, a name: with the table its sizes give 34.6"),
     Published("openmoe-34b", "active", 6, NO_TABLES, "cut", 1, "OpenMoE, Table 11; with the tied table 7.4"),
     Published("soft-moe-s16-128", "total", 0.933, ALL, "percent", 0.001, "Soft MoE, Table 8"),
     Published("soft-moe-s16-128", "active", 0.033, ALL, "percent", 0.001, "Soft MoE, Table 1: the dense ViT S/16"),
@@ -95,7 +95,7 @@ PUBLISHED = [
     Published("hash-layer-1.28b", "total", 1.28, ALL, "percent", 0.01, "ParlAI, params_vs_compute; its vocabulary follows from this total"),
     Published("hash-layer-1.28b", "active", 0.2176, ALL, "rounded", 0.0128, "ParlAI, params_vs_compute: 17 % of the total"),
     Published("expert-choice-8b-64e", "total", 143, ALL, "percent", 1, "Expert Choice, Table 1"),
-    Published("moe-plus-plus-7b", "total", 7, ALL, "cut", 1, "MoE++, Table 2; its sizes give 7.7"),
+    Published("moe-plus-plus-7b", "total", 7, NO_TABLES, "rounded", 1, "MoE++, Table 2, a name: with the tables its sizes give 7.7"),
     Published("moe-plus-plus-7b", "active", 1.2, NO_TABLES, "at most", 0.1, "MoE++, Table 2: at most, with two networks for each token"),
     Published("deepspeed-moe-1.3b-128", "total", 52, ALL, "percent", 1, "DeepSpeed-MoE, Table 4"),
     Published("deepspeed-moe-1.3b-128", "active", 1.3, ALL, "rounded", 0.1, "DeepSpeed-MoE, §3"),
@@ -166,6 +166,14 @@ def test_every_preset_has_a_published_size():
     printed = {row.preset for row in PUBLISHED}
     assert printed | {name for name in presets.names() if name.startswith("fastmoe-")} == set(presets.names())
     assert not any(name.startswith("fastmoe-") for name in printed), "a system's example, whose size nobody printed"
+
+
+@pytest.mark.parametrize(("preset", "without_tables", "all_of_it"), [("openmoe-34b", 33.8, 34.6), ("moe-plus-plus-7b", 7.5, 7.7)])
+def test_a_size_that_is_a_name_says_so_in_its_source(preset, without_tables, all_of_it):
+    parts = cost.model_parameters(presets.model(preset))
+    counted = [round(cost.sum_parameters(parts, without=left_out).total / 1e9, 1) for left_out in (NO_TABLES, ALL)]
+    assert counted == [without_tables, all_of_it]
+    assert re.search(rf"is its name: {without_tables} billion without .*, {all_of_it} with", presets.source(preset))
 
 
 @pytest.mark.parametrize(("experts", "published"), [(32, 2.0), (64, 3.8), (128, 7.4), (256, 14.7)])

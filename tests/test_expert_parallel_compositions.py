@@ -265,7 +265,7 @@ def test_a_width_that_cannot_be_cut_is_refused(config: MoEConfig, parts: int, wo
         check_supported(config, "mlp", parts)
 
 
-REFUSED = ("gating.slots", "experts.zero_computation", "experts.dropout")
+REFUSED = ("scores.residual", "gating.slots", "experts.zero_computation", "experts.dropout")
 """Settings that expert parallelism does not take; whoever adds another one decides whether it belongs here or in `limits.FIELDS`."""
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from configs import CONFIGS, random_params, random_tokens
 
-from reference import MoEOutput, Routing, moe_backward, moe_forward
+from reference import MoEOutput, Routing, chained_backward, moe_backward, moe_forward
 from reference.layer import BUFFERS, LayerCache
 
 STEP = 1e-5
+INPUTS = {"x_TD": "x", "previous_logits": "previous"}
 LOSS_CASES = [(name, loss) for name, config in CONFIGS.items() for loss, _ in config.balance.losses]
 
 
@@ -26,15 +27,21 @@ class Pass(NamedTuple):
 
     def again(self, changed: Mapping[str, np.ndarray]) -> MoEOutput:
         """The same decisions and draws at another point of x and params."""
-        arguments = {**self.arguments, "x_TD": changed["x"]}
-        params = {**self.arguments["params"], **{key: value for key, value in changed.items() if key != "x"}}
+        inputs = {key: changed[name] for key, name in INPUTS.items() if name in changed}
+        arguments = {**self.arguments, **inputs}
+        params = {**self.arguments["params"], **{key: value for key, value in changed.items() if key not in INPUTS.values()}}
         replay: Routing = self.output.routing
         return moe_forward(**{**arguments, "params": params}, config=CONFIGS[self.name], training=True, replay=replay)[0]
 
     def point(self) -> dict[str, np.ndarray]:
-        """Where the gradient is taken: x and every parameter that learns."""
+        """Where the gradient is taken: x, the logits of the layer before where they are given, and every parameter that learns."""
         learned = {key: value for key, value in self.arguments["params"].items() if key not in BUFFERS}
-        return {"x": self.arguments["x_TD"], **learned}
+        return {name: self.arguments[key] for key, name in INPUTS.items() if key in self.arguments} | learned
+
+    def gradient(self, dy_TD: np.ndarray, dloss: Any = 1.0, dlogits: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """The derived gradient at every entry of `point`."""
+        dx_TD, dprevious_TE, dparams = chained_backward(dy_TD, self.cache, dloss, dlogits)
+        return {"x": dx_TD, **({} if dprevious_TE is None else {"previous": dprevious_TE}), **dparams}
 
 
 def record(name: str) -> Pass:
@@ -69,16 +76,24 @@ def assert_gradient(run: Pass, objective: Callable[[MoEOutput], float], gradient
 def test_layer_gradient_is_the_slope(name: str) -> None:
     run = record(name)
     dy_TD = np.random.default_rng(5).standard_normal(run.output.y.shape)
-    dx_TD, dparams = moe_backward(dy_TD, run.cache, dloss=0.7)
-    assert_gradient(run, lambda output: float((dy_TD * output.y).sum()) + 0.7 * output.loss, {"x": dx_TD, **dparams})
+    assert_gradient(run, lambda output: float((dy_TD * output.y).sum()) + 0.7 * output.loss, run.gradient(dy_TD, 0.7))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradient_of_the_logits_is_their_slope(name: str) -> None:
+    """What a layer behind this one sends back to its logits."""
+    run = record(name)
+    dlogits = np.random.default_rng(6).standard_normal(run.output.routing.logits.shape)
+    gradient = run.gradient(np.zeros_like(run.output.y), 0.0, dlogits)
+    assert_gradient(run, lambda output: float((dlogits * output.routing.logits).sum()), gradient)
 
 
 @pytest.mark.parametrize("name, loss", LOSS_CASES)
 def test_gradient_of_each_loss_is_its_slope(name: str, loss: str) -> None:
     run = record(name)
-    dx_TD, dparams = moe_backward(np.zeros_like(run.output.y), run.cache, dloss={loss: 1.0})
-    assert_gradient(run, lambda output: output.losses[loss], {"x": dx_TD, **dparams})
-    teaches = np.abs(dparams["router.weight"]).max() > 1e-6
+    gradient = run.gradient(np.zeros_like(run.output.y), {loss: 1.0})
+    assert_gradient(run, lambda output: output.losses[loss], gradient)
+    teaches = np.abs(gradient["router.weight"]).max() > 1e-6
     assert teaches, "a balance loss that moves no router is none"
 
 
@@ -99,8 +114,7 @@ def test_a_number_for_dloss_means_the_weights_of_the_config(name: str) -> None:
 def test_slope_check_rejects_wrong_gradients(name: str) -> None:
     run = record(name)
     dy_TD = np.random.default_rng(5).standard_normal(run.output.y.shape)
-    dx_TD, dparams = moe_backward(dy_TD, run.cache)
-    gradient = {"x": dx_TD, **dparams}
+    gradient = run.gradient(dy_TD)
 
     def objective(output: MoEOutput) -> float:
         return float((dy_TD * output.y).sum()) + output.loss

@@ -104,6 +104,16 @@ def positional_at_most(limit: int) -> Rule:
     return rule
 
 
+def no_chain_over_a_choice(source: str, path: str) -> Iterator[str]:
+    """A tagged choice is a row of a table: no `elif`, and no `else if`, asks what a word is."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.If) and len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If):
+            compared = [test for branch in (node, node.orelse[0]) for test in ast.walk(branch.test) if isinstance(test, ast.Compare)]
+            words = [part.value for test in compared for part in ast.walk(test) if isinstance(part, ast.Constant)]
+            if any(isinstance(word, str) for word in words):
+                yield f"{path}:{node.lineno}: a chain over a choice"
+
+
 def documented(source: str, path: str) -> Iterator[str]:
     """Public functions and classes of a module have a docstring."""
     for node in ast.parse(source).body:
@@ -136,6 +146,8 @@ RULES = {
     "numpy-file": (file_at_most(350), NUMPY_SIDE, "x = 1\n" * 351),
     "numpy-function": (functions_at_most(40), NUMPY_SIDE, "def f():\n" + "    x = 1\n" * 40),
     "numpy-arguments": (positional_at_most(6), NUMPY_SIDE, "def f(a, b, c, d, e, f, g): ..."),
+    "torch-arguments": (positional_at_most(6), TORCH_SIDE, "def f(a, b, c, d, e, f, g): ..."),
+    "choices": (no_chain_over_a_choice, NUMPY_SIDE + TORCH_SIDE, "if kind == 'a':\n    x = 1\nelif kind == 'b':\n    x = 2"),
     "numpy-imports": (imports_numpy_only, NUMPY_SIDE, "def f():\n    from .autograd import layer"),
     "recipe": (code_at_most(60), RECIPES, "x = 1\n" * 61),
     "torch-file": (file_at_most(500), TORCH_SIDE, "x = 1\n" * 501),

@@ -108,6 +108,22 @@ def test_mixtral_is_the_released_default():
     assert model.tied_embeddings == released.tie_word_embeddings
 
 
+def test_openmoe_34b_is_the_released_configuration():
+    """Values of ColossalAI's openmoe_34b_config.json, whose untied head is the one field that is not followed."""
+    model, experts = presets.model("openmoe-34b"), presets.get("openmoe-34b").experts
+    assert (model.d_model, model.layers, model.moe_every, model.vocabulary) == (3072, 32, 4, 256384)
+    assert (model.dense_width, experts.count, experts.width, presets.get("openmoe-34b").gating.top_k) == (12288, 32, 12288, 2)
+    assert (model.attention.heads, model.attention.kv_heads, model.attention.head_dim) == (24, 24, 128)
+    capacity = presets.get("openmoe-34b").capacity
+    assert (capacity.factor, capacity.eval_factor, capacity.minimum) == (1.25, 2.0, 4)
+
+
+def test_longcat_flash_says_that_its_rate_is_not_known():
+    balance = presets.get("longcat-flash").balance
+    assert (balance.bias_rule, balance.bias_rate) == ("proportional", 0.0)
+    assert "no published value of μ was found" in presets.source("longcat-flash")
+
+
 def test_longcat_flash_is_the_released_default():
     released, model = transformers.LongcatFlashConfig(), presets.model("longcat-flash")
     experts, attention = model.moe.experts, model.attention

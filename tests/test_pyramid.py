@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from reference import AttentionConfig, ExpertsConfig, GatingConfig, ModelConfig, MoEConfig, cost, presets
+from reference import AttentionConfig, ExpertsConfig, GatingConfig, ModelConfig, MoEConfig, ScoresConfig, cost, presets
 from reference.autograd.transformer import LanguageModel
 
 PYRAMID = ModelConfig(
@@ -102,6 +102,10 @@ BAD = {
     "no expert": (dict(expert_counts=(0, 3, 6)), "expert_counts is (0, 3, 6); a layer needs at least 1 expert"),
     "more than the layer has": (dict(expert_counts=(2, 3, 7)), "the largest of expert_counts is 7, but moe.experts.count is 6"),
     "fewer than are chosen": (dict(expert_counts=(1, 3, 6)), "gating.top_k is 2 but experts.count is 1"),
+    "with gating residuals": (
+        dict(moe=replace(PYRAMID.moe, scores=ScoresConfig(residual=True))),
+        "scores.residual adds logits of layers with equal experts, but expert_counts is (2, 3, 6)",
+    ),
     "with an encoder": (dict(encoder_layers=2), "expert_counts is for decoders alone, but encoder_layers is 2"),
 }
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import MoEConfig, require
 from ..experts import Params
-from ..layer import check_input, check_params
+from ..layer import check_input, check_params, check_previous
 from ..tokens import Draws, TokenInfo, token_info
 from . import (
     base_layer,
@@ -100,22 +100,24 @@ RECIPES: dict[str, Recipe] = {
 def run(
     name: str, x_TD: np.ndarray, params: Params, config: MoEConfig, *,
     rng: np.random.Generator | None = None, token_ids: np.ndarray | None = None, group_ids: np.ndarray | None = None,
-    pad_mask: np.ndarray | None = None, draws: Mapping[str, np.ndarray] | None = None,
+    pad_mask: np.ndarray | None = None, previous_logits: np.ndarray | None = None, draws: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, dict[str, float]]:  # fmt: skip
     """(y [T, D], unweighted losses by name) of the recipe of preset `name`, in training.
 
-    Shapes: x [T, D]; token_ids, group_ids [T] int; pad_mask [T] bool, True for padding, which no recipe sees and whose y is 0.
+    Shapes: x [T, D]; token_ids, group_ids [T] int; pad_mask [T] bool, True for padding, which no recipe sees and whose y is 0;
+    previous_logits [T, E], 0 where they are not given.
     draws: the recorded random numbers of a layer's pass (`routing.draws`), to compare under noise; else they come from rng.
     Raises: ValueError for an unknown name, or as `moe_forward` does.
     """
     require(name in RECIPES, f"there is no recipe {name!r}; known: {', '.join(RECIPES)}")
     check_input(x_TD, config)
     check_params(params, config)
+    check_previous(previous_logits, len(x_TD), config)
     tokens = token_info(len(x_TD), token_ids, group_ids, pad_mask)
     real_T = tokens.real_T
-    info = TokenInfo(
-        tokens.group_T[real_T], tokens.groups, real_T[real_T], None if tokens.token_ids_T is None else tokens.token_ids_T[real_T]
-    )
+    previous_TE = np.zeros((len(x_TD), config.experts.count)) if previous_logits is None else previous_logits
+    ids = None if tokens.token_ids_T is None else tokens.token_ids_T[real_T]
+    info = TokenInfo(tokens.group_T[real_T], tokens.groups, real_T[real_T], ids, previous_TE[real_T])
     replayed = None if draws is None else {key: np.asarray(value)[real_T] for key, value in draws.items()}
     y_TD = np.zeros_like(x_TD)
     y_TD[real_T], losses = RECIPES[name](x_TD[real_T], params, config, info, Draws(rng, replayed))

@@ -2,10 +2,11 @@
 
 Source: Jin et al. 2024 (MoE++, arXiv 2410.07348), §3, eq. 1 and 3 to 8.
 Specific: easy tokens can choose what costs nothing, so K = 2 means at most two networks; τ sets how much less load and capacity a network
-gets than one of the others, and so the cost; the others are small enough to live on every device.
-Deviates: gating residuals (eq. 6) are left out, for which a router would read the logits of the layer before it. Eq. 8 counts tokens where
-K choices of each need a slot; its T is read as K S. The loss is 1 at its balance. The released code, which can only evaluate, sets a zero
-expert's gate to 0 before it divides both gates by their sum, and doubles what experts read; neither is in the paper.
+gets than one of the others, and so the cost; the others are small enough to live on every device. A router also reads the logits of the
+layer before it, its gating residual (eq. 6).
+Deviates: eq. 8 counts tokens where K choices of each need a slot; its T is read as K S. The loss is 1 at its balance. The released code,
+which can only evaluate, sets a zero expert's gate to 0 before it divides both gates by their sum, and doubles what experts read; its router
+has two layers with a tanh between them unless its configuration forbids it. None of this is in the paper.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..capacity import per_assignment
 from ..config import MoEConfig
 from ..experts import Params
 from ..gating import top_k
-from ..scores import logits_forward, softmax_forward
+from ..scores import softmax_forward
 from ..tokens import Draws, TokenInfo
 from ._mixture import first_come, mixture
 
@@ -26,7 +27,8 @@ from ._mixture import first_come, mixture
 def forward(x_TD: np.ndarray, params: Params, config: MoEConfig, info: TokenInfo, draws: Draws) -> tuple[np.ndarray, dict[str, float]]:
     """y_t = Σ_i g_ti E_i(x_t), g the softmax of the best two: (y [T, D], {"heterogeneous_balance"})."""
     experts, networks, share = config.experts.count, config.experts.networks, config.experts.network_share
-    probability_TE, _ = softmax_forward(logits_forward(x_TD, params["router.weight"])[0])
+    logits_TE = x_TD @ params["router.weight"].T + info.previous_TE @ params["router.residual_weight"].T
+    probability_TE, _ = softmax_forward(logits_TE)
     expert_TK = top_k(probability_TE, 2)
 
     parts, wanted_TK = Fraction(str(share)) * networks + experts - networks, np.ones(expert_TK.shape, bool)

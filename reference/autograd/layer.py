@@ -21,7 +21,7 @@ from .expert_dropout import draw_dropout, dropout_factors
 from .experts import Params, Shared, experts_forward, weighed_shared
 from .gating import SECOND_CHOICES, expert_scale_forward, gates_forward, survivors
 from .noise import LOGIT_NOISE, Noisy
-from .scores import INPUT_NOISE, INPUT_NORMS, SCORE_FUNCTIONS, logits_forward, softcap_forward
+from .scores import INPUT_NOISE, INPUT_NORMS, SCORE_FUNCTIONS, logits_forward, residual_forward, softcap_forward
 from .soft import SoftMix, mix_forward, slot_logits_forward, soft_mix
 from .tokens import Draws, TokenInfo, checks_values, token_info, without_autocast
 
@@ -77,6 +77,20 @@ def check_params(x: Tensor, params: Params, config: MoEConfig, parts: tuple[str,
                 require(bool(tensor.detach().isfinite().all()), f"{name} holds NaN or infinity")
 
 
+def check_previous(previous: Any, tokens: int, config: MoEConfig) -> None:
+    """ValueError unless the logits of the layer before are absent or a float [T, E] that the config reads; under MOEBIUS_CHECK=1 finite."""
+    if previous is None:
+        return
+    needed = (tokens, config.experts.count)
+    require(config.scores.residual, "previous_logits are given, but scores.residual is False: this router does not read them")
+    kind = getattr(previous, "dtype", type(previous).__name__)
+    require(isinstance(previous, Tensor) and previous.is_floating_point(), f"previous_logits must be a float tensor, got {kind}")
+    require(tuple(previous.shape) == needed, f"previous_logits has shape {tuple(previous.shape)}; this layer needs {needed}")
+    if checks_values():
+        broken = (~previous.detach().isfinite()).any(1).nonzero().flatten()
+        require(len(broken) == 0, f"previous_logits holds NaN or infinity, in tokens {broken[:5].tolist()}")
+
+
 def check_replay(replay: Any, tokens: TokenInfo, config: MoEConfig) -> None:
     """ValueError unless the recorded choices fit this pass; under MOEBIUS_CHECK=1 also for an id of no expert, or padding that is kept."""
     experts = config.experts.count
@@ -95,11 +109,16 @@ def check_replay(replay: Any, tokens: TokenInfo, config: MoEConfig) -> None:
         require(len(kept_pads) == 0, f"replay keeps assignments of padding, in tokens {kept_pads[:5].tolist()}")
 
 
-def router_logits_forward(x_TD: Tensor, params: Params, config: ScoresConfig, draws: Draws, *, training: bool) -> tuple[Tensor, Noisy]:
-    """(logits [T, E], with their noise): norm → input noise → linear → softcap → logit noise; noise in training only."""
+def router_logits_forward(
+    x_TD: Tensor, params: Params, config: ScoresConfig, draws: Draws, *, training: bool, previous_TE: Tensor | None = None
+) -> tuple[Tensor, Noisy]:
+    """(logits [T, E], with their noise): norm → input noise → linear → residual → softcap → logit noise; noise in training only."""
     input_noise, logit_noise = (config.noise, config.logit_noise) if training else ("none", "none")
     noisy_TD = INPUT_NOISE[input_noise](INPUT_NORMS[config.input_norm](x_TD), config.noise_scale, draws)
-    logits_TE = softcap_forward(logits_forward(noisy_TD, params["router.weight"], params.get("router.bias")), config.softcap)
+    raw_TE = logits_forward(noisy_TD, params["router.weight"], params.get("router.bias"))
+    if previous_TE is not None:
+        raw_TE = residual_forward(raw_TE, previous_TE, params["router.residual_weight"])
+    logits_TE = softcap_forward(raw_TE, config.softcap)
     return logits_TE, LOGIT_NOISE[logit_noise](logits_TE, noisy_TD, params.get("router.noise_weight"), draws)
 
 
@@ -114,8 +133,8 @@ class Decision(NamedTuple):
 
 
 def keep_wanted(
-    chosen_TK: Tensor, gate_TK: Tensor, picked_TK: Tensor, room: Tensor | None, config: MoEConfig, tokens: TokenInfo, draws: Draws,
-    *, training: bool,
+    chosen_TK: Tensor, gate_TK: Tensor, picked_TK: Tensor, room: Tensor | None, config: MoEConfig, tokens: TokenInfo, *,
+    draws: Draws, training: bool,
 ) -> Placed:  # fmt: skip
     """What follows a choice: second choice, drop (room None: there is enough for all), recycling."""
     rule = config.gating.second_choice if training else "always"
@@ -134,7 +153,7 @@ def _decide(scores_TE: Tensor, bias: Tensor | None, config: MoEConfig, tokens: T
     room = expert_capacity(config, tokens, training=training) if limited else None
     chosen_TK, picked_TK = choose(scores_TE, bias, config.gating, tokens, context._replace(slots_B=room))
     gate_TK = gates_forward(scores_TE, chosen_TK, config.gating)
-    expert_TK, keep_TK = keep_wanted(chosen_TK, gate_TK, picked_TK, room, config, tokens, draws, training=training)
+    expert_TK, keep_TK = keep_wanted(chosen_TK, gate_TK, picked_TK, room, config, tokens, draws=draws, training=training)
     load_E = tokens.total(count_load(chosen_TK, picked_TK, config.experts.count))
     return Decision(chosen_TK, picked_TK, expert_TK, keep_TK, load_E)
 
@@ -163,7 +182,8 @@ def sparse_route_forward(
     gating = config.gating
     with without_autocast(x_TD.device):
         draws = Draws(rng, None if replay is None else replay.draws)
-        logits_TE, noise = router_logits_forward(x_TD, params, config.scores, draws, training=training)
+        given = {"training": training, "previous_TE": tokens.previous_TE}
+        logits_TE, noise = router_logits_forward(x_TD, params, config.scores, draws, **given)
         function = SCORE_FUNCTIONS[config.scores.function]
         scores_TE = function.forward(noise.noisy_TE)
         probability_TE = function.probability_forward(scores_TE)
@@ -239,7 +259,7 @@ def mixed(x_TD: Tensor, routing: Routing, apply: Callable[[Tensor, Routing], Ten
 def route(
     x_TD: Tensor, params: Params, config: MoEConfig, *,
     training: bool = False, rng: torch.Generator | None = None, token_ids: Tensor | None = None,
-    group_ids: Tensor | None = None, pad_mask: Tensor | None = None, replay: Any = None,
+    group_ids: Tensor | None = None, pad_mask: Tensor | None = None, replay: Any = None, previous_logits: Tensor | None = None,
 ) -> Routing:  # fmt: skip
     """The first seam: which experts every token goes to, and with what gates. Arguments as in `reference.route`, with tensors.
 
@@ -247,7 +267,8 @@ def route(
     """
     check_input(x_TD, config)
     check_params(x_TD, params, config, ("router",))
-    tokens = token_info(x_TD.shape[:-1], token_ids, group_ids, pad_mask, device=x_TD.device)
+    check_previous(previous_logits, len(x_TD), config)
+    tokens = token_info(x_TD.shape[:-1], token_ids, group_ids, pad_mask, previous_logits, device=x_TD.device)
     return route_forward(x_TD, params, config, tokens, training=training, rng=rng, replay=replay)[0]
 
 
@@ -371,19 +392,22 @@ class MoE(nn.Module):
 
     def forward(
         self, x: Tensor, *, token_ids: Tensor | None = None, group_ids: Tensor | None = None,
-        pad_mask: Tensor | None = None, replay: Any = None,
+        pad_mask: Tensor | None = None, replay: Any = None, previous_logits: Tensor | None = None,
     ) -> tuple[Tensor, Aux]:  # fmt: skip
         """(y, aux) of x (…, S, D): y has the shape and dtype of x, the tensors of aux.routing count tokens as x.flatten(0, -2).
 
         Shapes: token_ids, group_ids int and pad_mask bool (True: padding), of x.shape[:-1]. Without group_ids each leading index of x
         is a group, and an x of two dimensions is one. replay: an earlier `aux.routing`, of this or of another track, whose decisions
-        and draws are used again. The training mode switches noise, random second choices, the training capacity and the losses on.
+        and draws are used again. previous_logits [T, E]: the `aux.routing.logits` of the MoE layer before, where the config has
+        scores.residual; without them, as in the first layer, the term is absent.
+        The training mode switches noise, random second choices, the training capacity and the losses on.
         Raises: ValueError for a wrong shape or dtype, or a replay that does not fit; under MOEBIUS_CHECK=1 also for NaN and infinity.
         """
         check_input(x, self.config)
         check_params(x, self.tensors(), self.config, ("router", "experts", "shared"))
-        tokens = token_info(x.shape[:-1], token_ids, group_ids, pad_mask, device=x.device)
         x_TD = x.flatten(0, -2)
+        check_previous(previous_logits, x_TD.shape[0], self.config)
+        tokens = token_info(x.shape[:-1], token_ids, group_ids, pad_mask, previous_logits, device=x.device)
         routing, losses = self.route_tokens(x_TD, tokens, replay)
         y_TD = mixed(x_TD, routing, lambda rows, own: self.apply_all_experts(rows, own, tokens.real_T))
         weights = loss_weights(self.config, self.tensors().get("router.penalty"))

@@ -19,6 +19,11 @@ def logits_forward(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return nn.functional.linear(at_least_fp32(x_TD), at_least_fp32(weight), None if bias is None else at_least_fp32(bias))
 
 
+def residual_forward(logits_TE: Tensor, previous_TE: Tensor, weight: Tensor) -> Tensor:
+    """The logits and what a matrix makes of those of the layer before (router-residual): [T, E], [T, E], [E, E] → [T, E]."""
+    return logits_TE + logits_forward(previous_TE, weight)
+
+
 def no_norm_forward(x_TD: Tensor) -> Tensor:
     """The input as it is."""
     return x_TD

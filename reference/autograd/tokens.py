@@ -34,6 +34,7 @@ class TokenInfo(NamedTuple):
     token_ids_T: Tensor | None
     length: int | None
     total: Callable[[Tensor], Tensor] = as_it_is
+    previous_TE: Tensor | None = None
 
     def real_per_group(self) -> Sequence[int]:
         """Number of real tokens in each group, on the host; waits for the device where `length` is None."""
@@ -58,13 +59,14 @@ def token_info(
     token_ids: Tensor | None = None,
     group_ids: Tensor | None = None,
     pad_mask: Tensor | None = None,
+    previous_logits: Tensor | None = None,
     *,
     device: torch.device | None = None,
 ) -> TokenInfo:
     """TokenInfo of tokens arranged as `shape` = x.shape[:-1]: (T) is one group, (…, S) is one group for each leading index.
 
-    Shapes: token_ids, group_ids int and pad_mask bool (True: padding), all of that shape. Numbering given group_ids waits for the device.
-    Raises: ValueError where a shape or dtype differs.
+    Shapes: token_ids, group_ids int and pad_mask bool (True: padding), all of that shape; previous_logits [T, E], kept as they are.
+    Numbering given group_ids waits for the device. Raises: ValueError where a shape or dtype of the first three differs.
     """
     for name, given in (("token_ids", token_ids), ("group_ids", group_ids), ("pad_mask", pad_mask)):
         if given is not None:
@@ -78,7 +80,8 @@ def token_info(
         group_T = torch.arange(tokens, device=device) // max(length, 1)
     real_T = torch.ones(tokens, dtype=torch.bool, device=device) if pad_mask is None else ~pad_mask.flatten()
     ids_T = None if token_ids is None else token_ids.flatten()
-    return TokenInfo(group_T, groups, real_T, ids_T, length if group_ids is None and pad_mask is None else None)
+    length = length if group_ids is None and pad_mask is None else None
+    return TokenInfo(group_T, groups, real_T, ids_T, length, previous_TE=previous_logits)
 
 
 class Draws:

@@ -181,7 +181,10 @@ class DenseFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer: h ← h + attention(norm(h)), then h ← h + FFN(norm(h)). Returns (h, the MoE layer's aux or None)."""
+    """One pre-norm layer: h ← h + attention(norm(h)), then h ← h + FFN(norm(h)). Returns (h, the MoE layer's aux or None).
+
+    previous [T, E]: the logits of the MoE layer before, which a router with a residual reads.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, moe_class: Callable[..., nn.Module], **factory: Any) -> None:
         super().__init__()
@@ -189,17 +192,19 @@ class Block(nn.Module):
         self.self_attn = Attention(config.d_model, config.attention, layer, **factory)
         self.post_attention_layernorm = nn.RMSNorm(config.d_model, eps=NORM_EPS, **factory)
         self.is_moe = config.is_moe(layer)
+        self.reads_previous = self.is_moe and config.layer_moe(layer).scores.residual
         if self.is_moe:
             self.mlp = moe_class(config.layer_moe(layer), **factory)
         else:
             self.mlp = DenseFFN(config.d_model, config.dense_width, config.dense_activation, **factory)
 
-    def forward(self, hidden_BSD: Tensor, context: Context, replay: Any = None) -> tuple[Tensor, Any]:
+    def forward(self, hidden_BSD: Tensor, context: Context, replay: Any = None, previous_TE: Tensor | None = None) -> tuple[Tensor, Any]:
         hidden_BSD = hidden_BSD + self.self_attn(self.input_layernorm(hidden_BSD), context)
         normed_BSD = self.post_attention_layernorm(hidden_BSD)
         if not self.is_moe:
             return hidden_BSD + self.mlp(normed_BSD), None
-        y_BSD, aux = self.mlp(normed_BSD, token_ids=context.tokens_BS, pad_mask=context.pad_mask_BS, replay=replay)
+        chained = {"previous_logits": previous_TE} if self.reads_previous else {}
+        y_BSD, aux = self.mlp(normed_BSD, token_ids=context.tokens_BS, pad_mask=context.pad_mask_BS, replay=replay, **chained)
         return hidden_BSD + y_BSD, aux
 
 
@@ -311,11 +316,12 @@ class LanguageModel(nn.Module):
         hidden_BSD, context = self._context(tokens_BS, pad_mask, cache)
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         layers: dict[int, Any] = {}
+        previous_TE = None
         for number, block in enumerate(self.layers):
-            arguments = hidden_BSD, context, None if replay is None else replay.get(number)
+            arguments = hidden_BSD, context, None if replay is None else replay.get(number), previous_TE
             hidden_BSD, aux = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
             if aux is not None:
-                layers[number] = aux
+                layers[number], previous_TE = aux, aux.routing.logits
         head = self.embed_tokens.weight if self.config.tied_embeddings else self.lm_head.weight
         logits_BSV = functional.linear(self.norm(hidden_BSD), head)
         losses = [aux.loss for aux in layers.values()]

@@ -12,8 +12,9 @@ from ..choices import ChoiceContext, balanced_hash, choose, choose_gumbel
 from ..config import GatingConfig
 from ..gating import top_k
 from ..noise import Noisy, smooth_load_forward
-from ..scores import softmax_forward, sqrt_softplus_backward, sqrt_softplus_forward
+from ..scores import residual_forward, softmax_forward, sqrt_softplus_backward, sqrt_softplus_forward
 from ..tokens import Draws, token_info
+from .equal import round_to
 from .exhibit import Bug, expect
 
 EXPERTS = 4
@@ -61,6 +62,13 @@ def a_hash_table_outlives_its_process(table: Callable[[int], np.ndarray]) -> Non
     first, later = table(1), table(2)
     moved = int((first != later).any(1).sum())
     expect(moved == 0, f"{moved} of {len(first)} token ids go to other experts after a restart")
+
+
+def a_residual_keeps_near_logits_apart(route: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+    """A token that a layer sends by a small margin is sent the same way by a next layer that only repeats its logits."""
+    previous_TE = np.array([[5.0, 5.01, 0.0, 0.0], [5.02, 5.01, 0.0, 0.0]], np.float32)
+    chosen_T = route(previous_TE, np.eye(EXPERTS, dtype=np.float32))
+    expect(chosen_T.tolist() == [1, 0], f"logits of 5 and 5.01, then 5.02 and 5.01, send their tokens to experts {chosen_T.tolist()}")
 
 
 def load_loss(clean_TE: np.ndarray, noise: Noisy) -> float:
@@ -147,6 +155,16 @@ def table_drawn_again(seed: int) -> np.ndarray:
     return balanced_hash(40, GatingConfig(choice="hash", vocabulary=40), EXPERTS, np.random.default_rng(seed))
 
 
+def chosen_after_a_residual(previous_TE: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The reference's best expert where the token itself says nothing and the layer before everything."""
+    return top_k(residual_forward(np.zeros_like(previous_TE), previous_TE, weight)[0], 1)[:, 0]
+
+
+def residual_rounded_to_bf16(previous_TE: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Casts the logits of the layer before to the dtype of the matrix that reads them, though the router beside it is kept in fp32."""
+    return chosen_after_a_residual(round_to(previous_TE, "bfloat16").astype(np.float32), weight)
+
+
 BUGS = (
     Bug("load divided by no noise", "laekov/fastmoe fmoe/gates/noisy_gate.py", divided_by_no_noise, load_loss, evaluation_has_a_load_loss),
     Bug("root of an underflow", "near: huggingface/transformers DeepSeek-V4, softplus followed by sqrt (2026)",
@@ -159,4 +177,6 @@ BUGS = (
         picked_by_share_of_the_expert, picked_by_probability, experts_compare_tokens_by_probability),
     Bug("hash table drawn again", "near: Roller et al. 2021 (a fixed table)",
         table_drawn_again, saved_table, a_hash_table_outlives_its_process),
+    Bug("gating residual in bf16", "SkyworkAI/MoE-plus-plus MoE++/moe_plus_plus_layer.py, Router.forward",
+        residual_rounded_to_bf16, chosen_after_a_residual, a_residual_keeps_near_logits_apart),
 )  # fmt: skip
