@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
+from distributed_worker import stepped
 from test_expert_parallel import assert_good
 
-from optimized.expert_parallel import full_state_dict, load_sharded, optimizer_groups, parallelize, save_sharded, sync_gradients
+from optimized.expert_parallel import full_state_dict, load_sharded, save_sharded
 from optimized.expert_parallel.faults import CONFIG, ENDS, MATRIX, RANKS, STAGES, TIMEOUT, ep_mesh, run_fault
 from optimized.expert_parallel.ranks import Ended, run_ranks
 from optimized.expert_parallel.transport import ROLL_CALL_SECONDS
@@ -83,22 +84,9 @@ def test_the_committed_fault_table_is_what_the_command_writes() -> None:
     assert all(row["named"] for row in report["disagreements"]) and all(len(row["saw"]) == RANKS - 1 for row in report["lost"])
 
 
-def stepped(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A layer spread over all ranks, after some steps."""
-    torch.manual_seed(1)
-    moe = parallelize(MoE(CONFIG), ep_mesh())
-    optimizer = torch.optim.AdamW(optimizer_groups(moe), lr=0.1)
-    for _ in range(steps):
-        y_TD, aux = moe(torch.randn(5, 6))
-        (y_TD.square().sum() + aux.loss).backward()
-        sync_gradients(moe)
-        optimizer.step()
-    return moe, optimizer
-
-
 def save_once(folder: str) -> list[str]:
     """In a rank: a checkpoint that stays, its plain state for later, and how long it took to write."""
-    moe, optimizer = stepped(1)
+    moe, optimizer = stepped(CONFIG, ep_mesh(), 1, 1)
     began = time.monotonic()
     save_sharded(Path(folder, "step-1"), moe, optimizer, step=1)
     if torch.distributed.get_rank() == 0:
@@ -110,7 +98,7 @@ def save_once(folder: str) -> list[str]:
 
 def save_and_die(folder: str, number: int, after: float, who: tuple[int, ...]) -> list[str]:
     """In a rank: begin to write another checkpoint, and be killed some time later."""
-    moe, optimizer = stepped(2)
+    moe, optimizer = stepped(CONFIG, ep_mesh(), 1, 2)
     state = full_state_dict(moe)
     if torch.distributed.get_rank() == 0:
         torch.save(state, Path(folder, "expected-2"))
