@@ -86,6 +86,12 @@ class Ranks:
         return self.sum_(tensor.clone())
 
 
+NO_GRAPH = (
+    "an expert-parallel layer compares what all ranks tell it before tokens move, and raises where they differ, which a graph cannot. "
+    "Leave fullgraph=False: what is around the layer is compiled then"
+)
+
+
 class ExpertParallel:
     """What `parallelize` puts before a layer's own class: its loads and losses are those of all ranks, and its experts are everywhere.
 
@@ -98,7 +104,7 @@ class ExpertParallel:
     training: bool
     parallel: Ranks
 
-    @torch.compiler.disable(reason="an expert-parallel layer exchanges sizes that depend on its values; compile what is around it")
+    @torch.compiler.disable(reason=NO_GRAPH)
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """The layer's own forward; `torch.compile` compiles what is around it."""
         return super().forward(*arguments, **named)  # type: ignore[misc]
