@@ -135,6 +135,24 @@ def test_bad_numbers_of_processes_are_one_line(
     assert named in printed.err and printed.err.count("\n") == 1 and not printed.out.strip()
 
 
+def test_what_every_process_would_refuse_is_refused_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = replace(RUN, steps=1, batch=2, length=16, evaluate_every=0)
+    train(MODEL, config, tiny_corpus(), out=tmp_path / "earlier", progress=False)
+    (tmp_path / "run.json").write_text(json.dumps({"model": MODEL.to_dict(), "train": replace(config, steps=2).to_dict()}))
+    base = ["train", "--config", "run.json", "--nproc", "2", "--out", "earlier"]
+    for more, named in (
+        ((), "resume is False"),
+        (("--resume",), "written with steps = 1, but this run has 2"),
+        (("--length", "9" * 9), "but domain"),
+    ):
+        assert cli.run([*base, *more]) == cli.BAD_INPUT
+        printed = capsys.readouterr()
+        assert named in printed.err and printed.err.count("\n") == 1, printed
+
+
 def start(folder: Path, name: str, *more: str, steps: int = 24, dtype: str = "float64") -> subprocess.Popen[bytes]:
     """`moebius train` as a program, of a tiny model with a checkpoint every four steps."""
     sizes = {"steps": steps, "batch": 4, "length": 64, "heldout": 2, "dtype": dtype}
