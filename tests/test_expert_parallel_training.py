@@ -12,7 +12,8 @@ import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -133,6 +134,11 @@ def test_bad_numbers_of_processes_are_one_line(
     assert cli.run(["train", "--preset", "mixtral-8x7b", "--steps", "1", *arguments.split()]) == cli.BAD_INPUT
     printed = capsys.readouterr()
     assert named in printed.err and printed.err.count("\n") == 1 and not printed.out.strip()
+
+
+def test_a_run_cuts_no_experts() -> None:
+    with pytest.raises(ValueError, match=r"mesh has 2 dimensions; a run spreads whole experts over one of them, as in mesh\['ep'\]"):
+        Processes(cast(Any, SimpleNamespace(ndim=2)))
 
 
 def test_what_every_process_would_refuse_is_refused_once(

@@ -63,7 +63,7 @@ def run(
     track: Annotated[str | None, typer.Option(help="Whose layer the model is built from.", show_default="the fastest here")] = None,
     out: Annotated[Path, typer.Option(help="Where checkpoints and the model go.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint there.")] = False,
-    nproc: Annotated[int | None, typer.Option(help="Spread the experts over so many processes (torchrun); --resume on any number.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Spread whole experts over so many processes (torchrun); resume on any number.")] = None,
     max_restarts: Annotated[int, typer.Option(help="With --nproc: how often a lost process is replaced, from the last checkpoint.")] = 0,
 ) -> Result:
     """Train a byte model on the text that Python ships; checkpoints survive a kill, and --resume goes on bit by bit."""

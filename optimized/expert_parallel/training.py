@@ -42,12 +42,14 @@ def check_run(model: ModelConfig, batch: int, accumulation: int, processes: int)
 
 
 class Processes(OneProcess):
-    """The processes of a mesh dimension. Made on all of them, for one run.
+    """The processes of a mesh dimension, each with whole experts. Made on all of them, for one run.
 
     assignments [R]: tokens that each process's experts were chosen for since the start;  bytes_sent [R]: by each process's all-to-alls
+    Raises ValueError for a mesh of several dimensions: a run cuts no experts, which `parallelize` does in a loop of one's own.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
+        require(mesh.ndim == 1, f"mesh has {mesh.ndim} dimensions; a run spreads whole experts over one of them, as in mesh['ep']")
         self.mesh = mesh
         self.rank, self.count = mesh.get_local_rank(), mesh.size()
         self.leader = self.rank == 0
