@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from reference import moe_forward, presets
-from reference.choices import ChoiceContext
+from reference.choices import CHOICES, ChoiceContext
 from reference.config import MoEConfig
 from reference.layer import BUFFERS, init_params
 from reference.proof.cases import Case, Inputs, draw
@@ -170,7 +170,7 @@ def _float64_failures(reports: Sequence[Report]) -> list[str]:
 def _choice_failures(inputs: Inputs, free: Outcome, conditions: Conditions) -> list[str]:
     """The discrete half has no tolerance: given the scores, there is one right choice."""
     routing = free.routing
-    if routing.mix is not None:  # nothing was chosen
+    if CHOICES[inputs.config.gating.choice].mixes:  # nothing was chosen
         return []
     tokens = token_info(len(inputs.x), conditions.token_ids, group_ids=conditions.group_ids, pad_mask=inputs.pad_mask)
     bias = inputs.params.get("router.correction_bias")

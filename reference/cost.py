@@ -191,7 +191,9 @@ def all_to_all_volume(
     Q_ij counts the tokens of rank i with at least one kept expert on rank j: each crosses once, and one row comes back. A_ij counts the
     kept assignments; each brings its gate and the 4 bytes that name its expert. Back travel Q_ji rows; gradients take the opposite ways,
     the gates' with those of x. Counts, which are exchanged first, do not depend on the routing and are left out.
-    Shapes: expert, keep [T, K] over all tokens; rank [T], where each token is; owner [E], where each expert is.
+    An expert without a network is on every rank, and nothing travels for it. Where tokens are mixed (Soft MoE), the slots travel: each is
+    a token with its one expert, on the rank of its group.
+    Shapes: expert, keep [T, K] over all tokens; rank [T], where each token is; owner, where each network is, whose ids come first.
     Raises: ValueError for a shape that differs or a rank outside 0 … ranks − 1.
     Source: one copy per destination as in DeepSeek-V3 technical report, §3.2.2 (there per node).
     """
@@ -201,7 +203,9 @@ def all_to_all_volume(
     for name, where in (("rank", rank_T), ("owner", owner_E)):
         low, high = where.min(initial=0), where.max(initial=0)
         require(low >= 0 and high < ranks, f"{name} names ranks {low} … {high}; there are {ranks}")
-    assignments_TR = np.stack([((owner_E[expert_TK] == rank) & keep_TK).sum(1) for rank in range(ranks)], axis=1)
+    owned_TK = keep_TK & (expert_TK < len(owner_E))
+    owner_TK = owner_E[np.where(owned_TK, expert_TK, 0)]
+    assignments_TR = np.stack([((owner_TK == rank) & owned_TK).sum(1) for rank in range(ranks)], axis=1)
     remote_TR = assignments_TR * (rank_T[:, None] != np.arange(ranks))
     here_RT = rank_T == np.arange(ranks)[:, None]
     crossings_RR, copies_RR = (here_RT.astype(np.int64) @ part_TR for part_TR in (remote_TR > 0, remote_TR))

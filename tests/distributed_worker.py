@@ -20,7 +20,7 @@ from optimized.expert_parallel import clip_grad_norm_, optimizer_groups, paralle
 from optimized.expert_parallel.layer import groups_of
 from optimized.expert_parallel.pair_worker import part_of
 from reference import ModelConfig, Routing
-from reference.autograd import params_from_numpy
+from reference.autograd import MoE, params_from_numpy
 from reference.autograd.transformer import LanguageModel, cross_entropy
 from reference.config import MoEConfig
 from reference.proof.cases import Inputs
@@ -137,6 +137,31 @@ def _gathered(arrays: dict[str, np.ndarray], own_T: np.ndarray, stacks: Sequence
         for places, theirs in parts:
             whole[name][places] = theirs[name]
     return whole
+
+
+def stepped(config: MoEConfig, mesh: DeviceMesh | None, seed: int, steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A layer, on a mesh or on one process (None), and its optimizer after some steps."""
+    torch.manual_seed(seed)
+    moe: Any = MoE(config)
+    if mesh is not None:
+        parallelize(moe, mesh)
+    optimizer = torch.optim.AdamW(optimizer_groups(moe), lr=0.1)
+    for _ in range(steps):
+        y_TD, aux = moe(torch.randn(5, config.d_model))
+        (y_TD.square().sum() + aux.loss).backward()
+        if mesh is not None:
+            sync_gradients(moe)
+        optimizer.step()
+        moe.update_bias(aux.routing.load)
+    return moe, optimizer
+
+
+def all_state(moe: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copies of all parameters, buffers and moments, whole on every rank."""
+    state = {name: tensor.detach() for name, tensor in moe.state_dict().items()}
+    named = {p: name for name, p in moe.named_parameters()}
+    state |= {f"{key} of {named[p]}": value for p, moments in optimizer.state.items() for key, value in moments.items()}
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in state.items()}
 
 
 @contextlib.contextmanager

@@ -19,10 +19,9 @@ import torch
 import torch.distributed as dist
 from configs import CONFIGS, VOCABULARY, random_params
 from conftest import REPOSITORY
-from distributed_worker import Task, counted_traffic, ep_mesh, layer_step, place_in
+from distributed_worker import Task, all_state, counted_traffic, ep_mesh, layer_step, place_in, stepped
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from optimized import MoE as FastMoE
 from optimized.comparison import rounded_to
@@ -35,13 +34,11 @@ from optimized.expert_parallel import (
     layer,
     load_full_state_dict,
     load_sharded,
-    optimizer_groups,
     parallelize,
     save_sharded,
     sync_gradients,
 )
 from optimized.expert_parallel.faults import DISAGREEMENTS, disagree
-from optimized.expert_parallel.limits import check_supported
 from optimized.expert_parallel.ranks import Ended, run_ranks
 from reference import MoEConfig, cost, moe_forward, presets
 from reference.autograd import MoE
@@ -52,16 +49,9 @@ INTEGERS = ("expert", "keep", "load")
 FLOAT64_LIMIT = 1e-12
 
 
-def can_be_spread(config: MoEConfig) -> bool:
-    """Whether `parallelize` takes it; what it says to the others has a test of its own."""
-    try:
-        check_supported(config, "layer")
-    except ValueError:
-        return False
-    return True
-
-
-SPREAD = {name: config for name, config in CONFIGS.items() if can_be_spread(config)}
+REFUSED = ("expert-dropout",)
+"""Layers that `parallelize` does not take; what it says has a test of its own."""
+SPREAD = {name: config for name, config in CONFIGS.items() if name not in REFUSED}
 CLASSES: dict[str, Callable[..., torch.nn.Module]] = {"reference": MoE, "fast": partial(FastMoE, backend="torch")}
 
 
@@ -136,7 +126,7 @@ def layer_checks() -> dict[str, Callable[[int], None]]:
         checks[f"{name}, {spread}, {class_name}"] = partial(
             layer_check, partial(trained_task, config, "float64", spread), "float64", class_name
         )
-    for name in ("mixtral", "deepseek-v3", "biases"):
+    for name in ("mixtral", "deepseek-v3", "biases", "moe++", "soft"):
         for number, dtype in enumerate(("float32", "bfloat16")):
             task = partial(trained_task, widened(CONFIGS[name]), dtype, "even", 96)
             checks[f"{name}, {dtype}"] = partial(layer_check, task, dtype, ("reference", "fast")[number])
@@ -144,9 +134,10 @@ def layer_checks() -> dict[str, Callable[[int], None]]:
     for number, name in enumerate(names):
         class_name = ("reference", "fast")[number % 2]
         checks[f"{name}, {class_name}"] = partial(layer_check, partial(case_task, name, "float64", "even"), "float64", class_name)
-    checks["no tokens in training"] = partial(
-        layer_check, partial(trained_task, CONFIGS["biases"], "float64", "even", 0), "float64", "reference"
-    )
+    for name in ("biases", "moe++", "soft"):
+        checks[f"{name}, no tokens in training"] = partial(
+            layer_check, partial(trained_task, CONFIGS[name], "float64", "even", 0), "float64", "reference"
+        )
     return checks
 
 
@@ -188,7 +179,7 @@ def fast_checks() -> list[str]:
 
 def teeth_check(ranks: int) -> None:
     """The comparison rejects what goes wrong in published code: on every mutation one rank's part is taken for the whole."""
-    mesh, task = ep_mesh(ranks), trained_task(CONFIGS["biases"], "float64", "even")
+    mesh = ep_mesh(ranks)
 
     def gradient_of_the_sum(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient, None
@@ -196,21 +187,28 @@ def teeth_check(ranks: int) -> None:
     def no_gate_gradient(ctx: Any, *cotangents: Any) -> tuple[torch.Tensor, None]:
         return receive_backward(ctx, cotangents[0], torch.zeros_like(cotangents[1]), None)
 
+    def no_row_gradient(ctx: Any, *cotangents: Any) -> tuple[torch.Tensor, None]:
+        return receive_backward(ctx, torch.zeros_like(cotangents[0]), cotangents[1], None)
+
     receive_backward = exchange._Receive.backward
-    mutations = {
+    mutations: dict[str, tuple[Any, ...]] = {
         "losses and load of one rank": (layer.Ranks, "total", lambda self, tensor: tensor),
         "experts' gradient of the sum": (layer._MeanGradient, "backward", staticmethod(gradient_of_the_sum)),
         "norm of one rank": (gradients, "_over_mesh", lambda square, key, transport: square),
         "no gradient for gates of other ranks": (exchange._Receive, "backward", staticmethod(no_gate_gradient)),
         "router's gradient of one rank": (distributed_worker, "sync_gradients", lambda module: None),
+        "moe++: no answer of experts without a network": (layer.ExpertParallel, "_with_own", lambda self, y_TD, *_: y_TD),
+        "soft: no gradient for slots of other ranks": (exchange._Receive, "backward", staticmethod(no_row_gradient)),
     }
     for name, mutation in mutations.items() if ranks == 2 else ():
+        config, _, _ = name.rpartition(": ")
+        task = trained_task(CONFIGS[config or "biases"], "float64", "even")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(*mutation)
             found = layer_step(task, "float64", MoE, mesh)
         if mesh.get_local_rank() == 0:
             try:
-                compare(found, lambda kind: layer_step(task, kind, MoE, None), "float64")
+                compare(found, lambda kind, given=task: layer_step(given, kind, MoE, None), "float64")
             except AssertionError:
                 continue
             raise AssertionError(f"not noticed: {name}")
@@ -218,23 +216,41 @@ def teeth_check(ranks: int) -> None:
 
 def traffic_check(ranks: int) -> None:
     """Bytes of every all-to-all equal the formula, and the formula is the least that the routing allows."""
-    mesh, config = ep_mesh(ranks), CONFIGS["token-major"]
-    for dtype, itemsize, gate_itemsize in (("float64", 8, 8), ("float32", 4, 4), ("bfloat16", 2, 4)):
-        task = trained_task(config, dtype, "first_empty")
-        with counted_traffic() as calls:
-            outputs = layer_step(task, dtype, MoE, mesh)
-        rank_T = task.rank_of_token(ranks)
-        owner_E = np.array(Placement.contiguous(config.experts.count, ranks).owner)
-        volume = cost.all_to_all_volume(
-            outputs["expert"], outputs["keep"], rank_T, owner_E, config.d_model, ranks=ranks, itemsize=itemsize, gate_itemsize=gate_itemsize
-        )
-        rank = mesh.get_local_rank()
-        sent = [[size if other != rank else 0 for other, size in enumerate(call)] for call in calls]
-        expected = [volume.dispatch, volume.combine, volume.combine_gradient, volume.dispatch_gradient]
-        assert sent == [part[rank].tolist() for part in expected], f"{dtype}: {sent}"
-        crossings = {(t, owner_E[e]) for t, k in zip(*np.nonzero(outputs["keep"]), strict=True) for e in [outputs["expert"][t, k]]}
-        least = sum(owner != rank_T[t] for t, owner in crossings) * config.d_model * itemsize
-        assert volume.combine.sum() == volume.combine_gradient.sum() == least
+    mesh = ep_mesh(ranks)
+    for name in ("token-major", "moe++", "soft"):
+        for dtype, itemsize, gate_itemsize in (("float64", 8, 8), ("float32", 4, 4), ("bfloat16", 2, 4)):
+            task = trained_task(CONFIGS[name], dtype, "first_empty")
+            with counted_traffic() as calls:
+                outputs = layer_step(task, dtype, MoE, mesh)
+            travelling = slots_of(task, ranks) if name == "soft" else (outputs["expert"], outputs["keep"], task.rank_of_token(ranks))
+            check_traffic(calls, *travelling, CONFIGS[name], itemsize, gate_itemsize, mesh)
+
+
+def slots_of(task: Task, ranks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(expert, keep, rank) of Soft MoE's slots, which travel as tokens do: C for each expert and each group, on the group's rank."""
+    experts, slots = task.inputs.config.experts.count, task.inputs.config.gating.slots
+    groups, first_T = np.unique(task.groups, return_index=True)
+    expert_N1 = np.tile(np.arange(experts).repeat(slots), len(groups))[:, None]
+    return expert_N1, np.ones_like(expert_N1, bool), task.rank_of_token(ranks)[first_T].repeat(experts * slots)
+
+
+def check_traffic(
+    calls: list[tuple[int, ...]], expert_TK: np.ndarray, keep_TK: np.ndarray, rank_T: np.ndarray,
+    config: MoEConfig, itemsize: int, gate_itemsize: int, mesh: DeviceMesh,
+) -> None:  # fmt: skip
+    """AssertionError unless this rank has sent what the formula says, and the formula says the least number of rows."""
+    ranks, rank = mesh.size(), mesh.get_local_rank()
+    owner_E = np.array(Placement.contiguous(config.experts.networks, ranks).owner)
+    volume = cost.all_to_all_volume(
+        expert_TK, keep_TK, rank_T, owner_E, config.d_model, ranks=ranks, itemsize=itemsize, gate_itemsize=gate_itemsize
+    )
+    sent = [[size if other != rank else 0 for other, size in enumerate(call)] for call in calls]
+    expected = [volume.dispatch, volume.combine, volume.combine_gradient, volume.dispatch_gradient]
+    assert sent == [part[rank].tolist() for part in expected], f"{itemsize} bytes: {sent}"
+    chosen = [(t, expert_TK[t, k]) for t, k in zip(*np.nonzero(keep_TK), strict=True)]
+    crossings = {(t, owner_E[expert]) for t, expert in chosen if expert < config.experts.networks}
+    least = sum(owner != rank_T[t] for t, owner in crossings) * config.d_model * itemsize
+    assert volume.combine.sum() == volume.combine_gradient.sum() == least
 
 
 def disagreement_check(ranks: int) -> None:
@@ -258,17 +274,22 @@ def test_every_layer_on_8_ranks_equals_one_process() -> None:
     assert_good(run_ranks(8, all_checks, (8,), deadline=600))
 
 
-def preset_checks() -> list[str]:
+def preset_checks(sizes: tuple[int, ...]) -> list[str]:
+    """In one of four ranks: every published model's layer, without an exception."""
     checks = {}
-    for name in filter(lambda name: can_be_spread(presets.tiny(name)), presets.names()):
-        config = presets.tiny(name)
-        checks[name] = partial(layer_check, partial(trained_task, config, "float64", "even"), "float64", "fast")
-    return run_checks(checks, (4, 2))
+    for number, name in enumerate(presets.names()):
+        task = partial(trained_task, presets.tiny(name), "float64", ("even", "first_empty", "one_full")[number % 3])
+        checks[name] = partial(layer_check, task, "float64", "fast")
+    return run_checks(checks, sizes)
+
+
+def test_every_preset_on_2_ranks_equals_one_process() -> None:
+    assert_good(run_ranks(4, preset_checks, (2,), deadline=240))
 
 
 @pytest.mark.slow
-def test_every_preset_equals_one_process() -> None:
-    assert_good(run_ranks(4, preset_checks, deadline=600))
+def test_every_preset_on_4_ranks_and_on_1_equals_one_process() -> None:
+    assert_good(run_ranks(4, preset_checks, (4, 1), deadline=600))
 
 
 def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], limit: float) -> None:
@@ -278,49 +299,23 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], l
         assert error <= limit * max(1.0, rms(array)), f"{name}: {error:.3g}"
 
 
-def _stepped(mesh: Any, seed: int, steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A layer with 7 experts and its optimizer after some steps."""
-    torch.manual_seed(seed)
-    moe: torch.nn.Module = MoE(
-        dataclasses.replace(CONFIGS["deepseek-v3"], experts=dataclasses.replace(CONFIGS["deepseek-v3"].experts, count=8))
-    )
-    if mesh is not None:
-        parallelize(moe, mesh)
-    optimizer = torch.optim.AdamW(optimizer_groups(moe), lr=0.1)
-    for _ in range(steps):
-        y_TD, aux = moe(torch.randn(5, 6))
-        (y_TD.square().sum() + aux.loss).backward()
-        if mesh is not None:
-            sync_gradients(moe)
-        optimizer.step()
-        moe.update_bias(aux.routing.load)
-    return moe, optimizer
-
-
-def _all_state(moe: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    state = {name: tensor.detach() for name, tensor in moe.state_dict().items()}
-    named = {p: name for name, p in moe.named_parameters()}
-    state |= {f"{key} of {named[p]}": value for p, moments in optimizer.state.items() for key, value in moments.items()}
-    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in state.items()}
-
-
-def checkpoint_checks(folder: str) -> list[str]:
+def checkpoint_checks(folder: str, name: str) -> list[str]:
     """In one of four ranks: write on 4 ranks, read on 4, 2 and 1 and without ranks; and back."""
-    failures = []
-    moe, optimizer = _stepped(ep_mesh(4), 1, 2)
-    expected = _all_state(moe, optimizer)
+    failures, config = [], CONFIGS[name]
+    moe, optimizer = stepped(config, ep_mesh(4), 1, 2)
+    expected = all_state(moe, optimizer)
     path = save_sharded(Path(folder, "step-2"), moe, optimizer, step=2)
     for ranks in (4, 2, 1, None):
-        other, other_optimizer = _stepped(None if ranks is None else ep_mesh(ranks), 2, 1)
+        other, other_optimizer = stepped(config, None if ranks is None else ep_mesh(ranks), 2, 1)
         extra = load_sharded(path, other, other_optimizer, step=0)
-        found = _all_state(other, other_optimizer)
+        found = all_state(other, other_optimizer)
         wrong = [name for name in expected if not torch.equal(found[name], expected[name])] + [f"step {extra}"] * (extra != {"step": 2})
         failures += [f"{ranks} ranks: {name}" for name in wrong]
     safetensors = Path(folder, f"{dist.get_rank()}.safetensors")
     save_file(full_state_dict(moe), safetensors)
-    alone = MoE(moe.config)
+    alone = MoE(config)
     alone.load_state_dict(load_file(safetensors))
-    again, _ = _stepped(ep_mesh(2), 3, 0)
+    again, _ = stepped(config, ep_mesh(2), 3, 0)
     load_full_state_dict(again, load_file(safetensors))
     for name, tensor in full_state_dict(again).items():
         failures += [f"safetensors: {name}"] * (
@@ -356,8 +351,9 @@ def _refusals(path: Path, moe: torch.nn.Module, optimizer: torch.optim.Optimizer
     return failures
 
 
-def test_checkpoints_fit_any_number_of_ranks(tmp_path: Path) -> None:
-    assert_good(run_ranks(4, checkpoint_checks, str(tmp_path), deadline=120))
+@pytest.mark.parametrize("name", ["deepseek-v3", "moe++"])
+def test_checkpoints_fit_any_number_of_ranks(name: str, tmp_path: Path) -> None:
+    assert_good(run_ranks(4, checkpoint_checks, str(tmp_path), name, deadline=120))
 
 
 def test_volume_of_a_routing_worked_out_by_hand() -> None:
@@ -372,6 +368,9 @@ def test_volume_of_a_routing_worked_out_by_hand() -> None:
     assert volume.combine.tolist() == volume.combine_gradient.tolist() == [[0, 32], [32, 0]]
     assert volume.dispatch_gradient.tolist() == [[0, 32 + 2 * 4], [32 + 2 * 4, 0]]
     assert volume.total == 2 * (48 + 32 + 32 + 40)
+    # Were expert 3 without a network, token 0 would cross with one gate, and nothing would change for the others.
+    without = cost.all_to_all_volume(expert_TK, keep_TK, np.array([0, 0, 1]), np.array([0, 0, 1]), 16, ranks=2, itemsize=2, gate_itemsize=4)
+    assert without.dispatch.tolist() == [[0, 32 + 8], [32 + 2 * 8, 0]] and without.combine.tolist() == volume.combine.tolist()
 
 
 @pytest.mark.parametrize(

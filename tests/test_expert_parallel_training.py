@@ -12,7 +12,8 @@ import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -133,6 +134,29 @@ def test_bad_numbers_of_processes_are_one_line(
     assert cli.run(["train", "--preset", "mixtral-8x7b", "--steps", "1", *arguments.split()]) == cli.BAD_INPUT
     printed = capsys.readouterr()
     assert named in printed.err and printed.err.count("\n") == 1 and not printed.out.strip()
+
+
+def test_a_run_cuts_no_experts() -> None:
+    with pytest.raises(ValueError, match=r"mesh has 2 dimensions; a run spreads whole experts over one of them, as in mesh\['ep'\]"):
+        Processes(cast(Any, SimpleNamespace(ndim=2)))
+
+
+def test_what_every_process_would_refuse_is_refused_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = replace(RUN, steps=1, batch=2, length=16, evaluate_every=0)
+    train(MODEL, config, tiny_corpus(), out=tmp_path / "earlier", progress=False)
+    (tmp_path / "run.json").write_text(json.dumps({"model": MODEL.to_dict(), "train": replace(config, steps=2).to_dict()}))
+    base = ["train", "--config", "run.json", "--nproc", "2", "--out", "earlier"]
+    for more, named in (
+        ((), "resume is False"),
+        (("--resume",), "written with steps = 1, but this run has 2"),
+        (("--length", "9" * 9), "but domain"),
+    ):
+        assert cli.run([*base, *more]) == cli.BAD_INPUT
+        printed = capsys.readouterr()
+        assert named in printed.err and printed.err.count("\n") == 1, printed
 
 
 def start(folder: Path, name: str, *more: str, steps: int = 24, dtype: str = "float64") -> subprocess.Popen[bytes]:

@@ -63,7 +63,7 @@ def run(
     track: Annotated[str | None, typer.Option(help="Whose layer the model is built from.", show_default="the fastest here")] = None,
     out: Annotated[Path, typer.Option(help="Where checkpoints and the model go.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint there.")] = False,
-    nproc: Annotated[int | None, typer.Option(help="Spread the experts over so many processes (torchrun); --resume on any number.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Spread whole experts over so many processes (torchrun); resume on any number.")] = None,
     max_restarts: Annotated[int, typer.Option(help="With --nproc: how often a lost process is replaced, from the last checkpoint.")] = 0,
 ) -> Result:
     """Train a byte model on the text that Python ships; checkpoints survive a kill, and --resume goes on bit by bit."""
@@ -102,19 +102,16 @@ def _alone(model_config: ModelConfig, train_config: TrainConfig, moe_class: Any,
 
 def _spread(model_config: ModelConfig, train_config: TrainConfig, rest: dict[str, Any], nproc: int, max_restarts: int) -> Result:
     """In many processes; 1 where one of them was lost for good."""
-    from reference.autograd.checkpoints import checkpoint_files
-    from reference.config import require
+    from reference.autograd.training import start_from
 
     from ..expert_parallel.launch import RankFailedError, launch
     from ..expert_parallel.training import check_run
+    from ..tour import open_corpus
     from ._show import console, table
 
     check_run(model_config, train_config.batch, train_config.accumulation, nproc)
-    earlier = checkpoint_files(rest["out"])
-    require(
-        rest["resume"] or not earlier,
-        f"{rest['out']} holds the checkpoints of an earlier run and resume is False: resume it or choose another directory",
-    )
+    corpus, _ = open_corpus()
+    start_from(model_config, train_config, corpus, rest["out"], rest["resume"])  # said here once, and not by every process
     try:
         data = launch({"model": model_config.to_dict(), "train": train_config.to_dict(), **rest}, nproc, max_restarts)
     except RankFailedError as error:

@@ -12,7 +12,7 @@ All ranks make the same calls in the same order, backward passes included, also 
 
 Together with: a second mesh dimension that cuts each expert, `mesh["ep", "etp"]`; replicas, `data=mesh["dp"]`, by themselves or under
 FSDP2 or DistributedDataParallel; accumulation; activation checkpointing; `torch.compile` of what is around the layers (a layer itself is
-no graph, for the sizes that it exchanges depend on values, and `fullgraph=True` says so). Layers that `limits` does not list are refused.
+no graph, for it raises where ranks disagree, and `fullgraph=True` says so). Layers that `limits` does not list are refused.
 Start with `torchrun`, whose store outlives a rank, so that every other rank can name the one that was lost.
 """
 

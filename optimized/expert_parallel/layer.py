@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +14,13 @@ from reference.autograd import MoE as ReferenceMoE
 from reference.autograd import Routing
 from reference.autograd.layer import apply_experts_forward, route_forward
 from reference.autograd.tokens import TokenInfo
-from reference.config import GatingConfig, MoEConfig, require
+from reference.config import ExpertsConfig, GatingConfig, MoEConfig, require
+from reference.zero_computation import zero_computation_shapes
 
 from ..backends import AUTO
 from ..contracts import contract
 from ..layer import MoE
+from ..zero_computation import add_zero_computation
 from .exchange import Journey, combine, receive, send
 from .limits import check_supported
 from .placement import Placement
@@ -85,10 +86,17 @@ class Ranks:
         return self.sum_(tensor.clone())
 
 
+NO_GRAPH = (
+    "an expert-parallel layer compares what all ranks tell it before tokens move, and raises where they differ, which a graph cannot. "
+    "Leave fullgraph=False: what is around the layer is compiled then"
+)
+
+
 class ExpertParallel:
     """What `parallelize` puts before a layer's own class: its loads and losses are those of all ranks, and its experts are everywhere.
 
     Tokens, groups, capacity and drops are this rank's; aux.loss, aux.losses, load and importance are those of the whole batch.
+    Soft MoE's slots, made where their group is, go to their experts like tokens. Experts without a network live on every rank.
     A router of a backend's own is passed over: it counts the tokens of one rank.
     """
 
@@ -96,22 +104,22 @@ class ExpertParallel:
     training: bool
     parallel: Ranks
 
-    @torch.compiler.disable(reason="an expert-parallel layer exchanges sizes that depend on its values; compile what is around it")
+    @torch.compiler.disable(reason=NO_GRAPH)
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """The layer's own forward; `torch.compile` compiles what is around it."""
         return super().forward(*arguments, **named)  # type: ignore[misc]
 
-    def route_tokens(self, x_TD: Tensor, tokens: TokenInfo, replay: Any = None) -> tuple[Routing, dict[str, Tensor]]:
-        """The first seam, with totals over all ranks."""
+    def route_tokens(self, x_TD: Tensor, tokens: TokenInfo, replay: Any = None, **more: Any) -> tuple[Routing, dict[str, Tensor]]:
+        """The first seam, with totals over all ranks; more: what else `route_forward` takes."""
         agree_on_pass(self._pass(x_TD, replay), self.parallel.experts)
         self.parallel.calls += 1
         spread = tokens._replace(total=self.parallel.total)
-        return route_forward(x_TD, self.tensors(), self.config, spread, training=self.training, replay=replay)  # type: ignore[attr-defined]
+        return route_forward(x_TD, self.tensors(), self.config, spread, training=self.training, replay=replay, **more)  # type: ignore[attr-defined]
 
     def apply_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """The second seam: y [T, D] of the routed experts, wherever they live."""
         journey, ticket = self._depart(x_TD, routing)
-        return self._return(ticket, journey)
+        return self._with_own(self._return(ticket, journey), x_TD, routing)
 
     def apply_all_experts(self, x_TD: Tensor, routing: Routing, real_T: Tensor) -> Tensor:
         """The routed and the shared experts together; the shared ones are computed while tokens travel."""
@@ -119,7 +127,14 @@ class ExpertParallel:
             return self.apply_experts(x_TD, routing)
         journey, ticket = self._depart(x_TD, routing)
         shared = self.apply_shared(x_TD)  # type: ignore[attr-defined]
-        return self.add_shared(self._return(ticket, journey), shared, real_T)  # type: ignore[attr-defined]
+        y_TD = self._with_own(self._return(ticket, journey), x_TD, routing)
+        return self.add_shared(y_TD, shared, real_T)  # type: ignore[attr-defined]
+
+    def _with_own(self, y_TD: Tensor, x_TD: Tensor, routing: Routing) -> Tensor:
+        """y with the answers of experts that have no network: their tokens have never left."""
+        if not self.config.experts.zero_computation:
+            return y_TD
+        return add_zero_computation(y_TD, x_TD, routing, self.tensors(), self.config.experts)  # type: ignore[attr-defined]
 
     def _depart(self, x_TD: Tensor, routing: Routing) -> tuple[Journey, Tensor]:
         """Agree with all ranks on what travels, and send it."""
@@ -131,7 +146,7 @@ class ExpertParallel:
 
     def _pass(self, x_TD: Tensor, replay: Any) -> Pass:
         tensors: dict[str, Tensor] = self.tensors()  # type: ignore[attr-defined]
-        held = [tensor for name, tensor in tensors.items() if not name.startswith("experts.") and not isinstance(tensor, DTensor)]
+        held = [tensor for name, tensor in tensors.items() if not is_spread(name, self.config) and not isinstance(tensor, DTensor)]
         bits = 0
         for tensor in held:
             bits = (31 * bits + fingerprint(tensor)) % (1 << 62)
@@ -171,8 +186,8 @@ class ExpertParallel:
     def _local_params(self) -> dict[str, Tensor]:
         """The experts that live here, [L, …] each, with gradients of the mean over their ranks; that over `data` comes later."""
         tensors: dict[str, Tensor] = self.tensors()  # type: ignore[attr-defined]
-        experts = {name: tensor for name, tensor in tensors.items() if name.startswith("experts.")}
-        local = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in experts.items()}
+        spread = {name: tensor for name, tensor in tensors.items() if is_spread(name, self.config)}
+        local = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in spread.items()}
         local = {name: _MeanGradient.apply(tensor, self.parallel.experts.ranks) for name, tensor in local.items()}
         parts, rank = self.parallel.placement.parts, self.parallel.experts.rank
         return {n: padded_bias(t, self.config.d_model, rank % parts, parts) if is_down_bias(n) else t for n, t in local.items()}
@@ -181,8 +196,13 @@ class ExpertParallel:
 def _local_config(config: MoEConfig, local: int, slots: int, parts: int) -> MoEConfig:
     """The layer of one rank, as far as the second seam looks at it."""
     width = config.experts.width // parts
-    experts = dataclasses.replace(config.experts, count=local, width=width, shared=0, shared_width=None, shared_gate="none")
+    experts = ExpertsConfig(local, width, config.experts.activation, config.experts.bias, config.experts.gate_inputs)
     return MoEConfig(config.d_model, gating=GatingConfig(top_k=min(slots, local)), experts=experts)
+
+
+def is_spread(name: str, config: MoEConfig) -> bool:
+    """Whether a parameter of a layer belongs to experts that live on one rank: networks do, what the others learn is on every rank."""
+    return name.startswith("experts.") and name not in zero_computation_shapes(config.d_model, config.experts)
 
 
 _CLASSES: dict[type, type] = {}
@@ -229,7 +249,7 @@ def parallelize(module: nn.Module, mesh: DeviceMesh, *, data: DeviceMesh | None 
         if transport is not None:
             _check_equal_start(layers, transport)
     for number, (_, layer) in enumerate(layers):
-        placement = Placement.contiguous(layer.config.experts.count, transports[0].ranks // parts, parts)
+        placement = Placement.contiguous(layer.config.experts.networks, transports[0].ranks // parts, parts)
         _shard(layer, mesh, placement, transports[0].rank)
         layer.parallel = Ranks(transports[0], transports[1], number, placement)  # type: ignore[assignment]
         layer.__class__ = _parallel_class(type(layer))
@@ -265,7 +285,8 @@ def _shard(layer: ReferenceMoE, mesh: DeviceMesh, placement: Placement, rank: in
     """Replace the experts' stacks by DTensors that hold this rank's rows, and of these its part."""
     part: nn.Module = layer.get_submodule("experts")
     own = list(placement.local(rank))
-    for name, stack in list(part.named_parameters(recurse=False)):
+    stacks = {name: stack for name, stack in part.named_parameters(recurse=False) if is_spread(f"experts.{name}", layer.config)}
+    for name, stack in stacks.items():
         rows = stack.detach()[own] if own else stack.detach()[:0]
         local = cut(rows, name, layer.config.experts, rank % placement.parts, placement.parts).clone()
         spread = DTensor.from_local(

@@ -13,9 +13,9 @@ from reference.config import require
 
 @dataclass(frozen=True)
 class Placement:
-    """Which ranks hold which experts.
+    """Which ranks hold which experts. Those without a network have no home, for every rank has them.
 
-    owner   the home of each expert;  homes: how many there are, with experts or without
+    owner   the home of each expert that is a network;  homes: how many there are, with experts or without
     parts   ranks of a home, each of which holds 1/parts of the width of all its experts: rank r is part r % parts of home r // parts
     Raises ValueError for a home outside them.
     """

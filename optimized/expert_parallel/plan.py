@@ -44,9 +44,10 @@ class Incoming(NamedTuple):
 
 
 def outgoing(expert_TK: Tensor, keep_TK: Tensor, placement: Placement) -> Outgoing:
-    """What has to be sent for a routing: expert [T, K] ids, keep [T, K]."""
+    """What has to be sent for a routing: expert [T, K] ids, keep [T, K]. For an expert without a home nothing is: it has no network."""
     home_E, place_E = (table.to(expert_TK.device) for table in placement.tables)
-    token_N, slot_N = (of.repeat_interleave(placement.parts) for of in torch.nonzero(keep_TK, as_tuple=True))
+    sent_TK = keep_TK & (expert_TK < len(home_E))
+    token_N, slot_N = (of.repeat_interleave(placement.parts) for of in torch.nonzero(sent_TK, as_tuple=True))
     expert_N = expert_TK[token_N, slot_N]
     rank_N = home_E[expert_N] * placement.parts + torch.arange(len(token_N), device=token_N.device) % placement.parts
     crossing_N = rank_N * len(expert_TK) + token_N

@@ -31,7 +31,7 @@ def check_run(model: ModelConfig, batch: int, accumulation: int, processes: int)
     """ValueError that names the value, unless this model can be trained with these batches on so many processes."""
     require(processes >= 1, f"--nproc is {processes}; there must be at least 1 process")
     require(any(model.is_moe(layer) for layer in range(model.layers)), f"the model {model.name!r} has no MoE layer to spread")
-    experts = model.moe.experts.count
+    experts = model.moe.experts.networks
     require(processes <= experts, f"--nproc is {processes}, but a layer has {experts} experts: {processes - experts} would have none")
     micro = batch // accumulation
     require(
@@ -42,12 +42,14 @@ def check_run(model: ModelConfig, batch: int, accumulation: int, processes: int)
 
 
 class Processes(OneProcess):
-    """The processes of a mesh dimension. Made on all of them, for one run.
+    """The processes of a mesh dimension, each with whole experts. Made on all of them, for one run.
 
     assignments [R]: tokens that each process's experts were chosen for since the start;  bytes_sent [R]: by each process's all-to-alls
+    Raises ValueError for a mesh of several dimensions: a run cuts no experts, which `parallelize` does in a loop of one's own.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
+        require(mesh.ndim == 1, f"mesh has {mesh.ndim} dimensions; a run spreads whole experts over one of them, as in mesh['ep']")
         self.mesh = mesh
         self.rank, self.count = mesh.get_local_rank(), mesh.size()
         self.leader = self.rank == 0
@@ -95,10 +97,10 @@ class Processes(OneProcess):
         return (sums[: len(means)] / self.count).tolist(), dict(zip(kept, counts, strict=True))
 
     def _by_rank(self, load: dict[int, Tensor]) -> np.ndarray:
-        """[R]: the load of all layers, by where the experts live."""
+        """[R]: the load of all layers, by where the experts live; of those that live everywhere, nobody's."""
         found = np.zeros(self.count, np.int64)
         for place, of_experts in zip(self.placements.values(), load.values(), strict=True):
-            np.add.at(found, np.array(place.owner), of_experts.cpu().numpy())
+            np.add.at(found, np.array(place.owner), of_experts.cpu().numpy()[: len(place.owner)])
         return found
 
     def facts(self) -> Row:

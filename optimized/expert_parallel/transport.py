@@ -32,8 +32,11 @@ class DisagreementError(ValueError):
 class Transport:
     """The group of all ranks of a mesh: who we are in it, and its collectives.
 
+    Made on all of them together.
     names       the dimensions of the mesh that it spans
+    holders     who of them holds the store of all groups, which ends with its process; nobody where it is elsewhere, as under torchrun
     bytes_sent  what `all_to_all` has sent to other ranks since the start
+    Raises RankLostError.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -43,6 +46,8 @@ class Transport:
         self.rank, self.ranks = mesh.get_local_rank(), mesh.size()
         self.device = torch.device("cpu") if mesh.device_type == "cpu" else torch.device(mesh.device_type, torch.cuda.current_device())
         self.bytes_sent = 0
+        self.holders: list[int] = []
+        self.holders = [rank for rank, (holds,) in enumerate(self.gather([holds_store()], "asking who holds the store")) if holds]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Transport:
         return self  # a process group belongs to the process, not to a copy of a module
@@ -55,9 +60,8 @@ class Transport:
         except RuntimeError as error:
             if isinstance(error, RankLostError):
                 raise
-            reason = str(error).strip().splitlines()[0]
             raise RankLostError(
-                f"rank {self.rank} of {self.ranks}: {what} failed: {self._roll_call(what)}; the network says: {reason}. "
+                f"rank {self.rank} of {self.ranks}: {what} failed: {self._roll_call(what)}; the network says: {_gist(error)}. "
                 "This process group cannot be used again: end the process and start all ranks from the last checkpoint"
             ) from error
 
@@ -74,10 +78,9 @@ class Transport:
             where = "; ".join(f"rank {rank}: {store.get(f'{_PREFIX}/{name}').decode()}" for rank, name in enumerate(names) if not missing)
         except Exception as error:  # the store lives in a process too
             if not set(range(self.ranks)) - {self.rank, *missing}:
-                return (
-                    f"the store of the process group is gone ({type(error).__name__}): the rank that held it, mostly rank 0, ended, "
-                    "perhaps after it had noticed itself that another one was lost. Under torchrun a store outlives the ranks"
-                )
+                held = "held the store of the process group, ended, perhaps after it had noticed itself that another one was lost"
+                who = f"rank {self.holders[0]}, which" if self.holders else "the process that"
+                return f"{who} {held} ({type(error).__name__} when asked who is missing). Under torchrun a store outlives the ranks"
             # Others had reported: the store ended with a rank that had made its own roll call.
         if missing:
             return f"rank {', '.join(map(str, missing))} ended or hangs"
@@ -122,6 +125,20 @@ class Transport:
             return received
 
         return wait
+
+
+def holds_store() -> bool:
+    """Whether the store of all groups is a server in this process."""
+    store: Any = _get_default_store()
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return "server=TCPServer" in repr(store)  # nothing else of a TCPStore tells
+
+
+def _gist(error: Exception) -> str:
+    """What the network says, without the place in its source and without its advice."""
+    line = str(error).strip().splitlines()[0]
+    return line.rpartition(".cc:")[2].partition("] ")[2].partition(". This is typically")[0].rstrip(".") or line.rstrip(".")
 
 
 def require_agreement(what: str, values: Sequence[Any]) -> None:

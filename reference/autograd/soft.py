@@ -70,8 +70,10 @@ def mix_forward(x_TD: Tensor, mix: SoftMix, apply: Callable[[Tensor, Tensor], Te
     x, y = x_TD.to(dispatch.dtype), torch.zeros_like(x_TD, dtype=combine.dtype)
     with without_autocast(x.device):
         rows_ND = torch.cat([dispatch[tokens].mT @ x[tokens] for tokens in own])
-    expert_N = torch.arange(experts, device=x.device).repeat_interleave(slots).repeat(len(own))
-    out_ND = apply(rows_ND.to(x_TD.dtype), expert_N).to(combine.dtype)
+    total = mix.groups * experts * slots
+    expert_N = torch.arange(experts, device=x.device).repeat_interleave(slots).repeat(mix.groups)
+    out_ND = apply(rows_ND[:total].to(x_TD.dtype), expert_N).to(combine.dtype)
+    out_ND = torch.cat([out_ND, torch.zeros_like(rows_ND[total:])])  # the empty group of no tokens has no slots
     with without_autocast(x.device):
         for tokens, out in zip(own, out_ND.split(experts * slots), strict=True):
             y = y.index_copy(0, tokens, combine[tokens] @ out)

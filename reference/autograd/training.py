@@ -353,14 +353,7 @@ FREE_FIELDS = frozenset({"checkpoint_every", "keep"})  # they change what is sto
 
 
 def _restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's state into a fresh run. Raises ValueError, before anything is changed, where it is of another run."""
-    ours, theirs = run.config.to_dict(), TrainConfig.from_dict(checkpoint.train_config).to_dict()
-    differing = [(name, theirs[name], ours[name]) for name in ours if name not in FREE_FIELDS and theirs[name] != ours[name]]
-    mine, other = run.model.config.to_dict(), checkpoint.model_config.to_dict()
-    differing += [(name, other[name], mine[name]) for name in mine if other[name] != mine[name]]
-    differing += [("corpus", checkpoint.fingerprint, run.fingerprint)] if checkpoint.fingerprint != run.fingerprint else []
-    for name, before, now in differing:
-        raise ValueError(f"the checkpoint was written with {name} = {before!r}, but this run has {now!r}")
+    """Put a checkpoint's state into a fresh run."""
     run.processes.load(run.model, checkpoint.model)
     for name, parameter in run.model.named_parameters():
         moments = {moment: checkpoint.optimizer[f"{moment}.{name}"] for moment in MOMENTS}
@@ -376,14 +369,31 @@ def _check_text(model_config: ModelConfig, config: TrainConfig, corpus: Corpus) 
         heldout_windows(corpus, domain, config.length + 1, config.heldout)
 
 
-def _start(run: Run, out: str | os.PathLike[str] | None, resume: bool) -> int:
-    """The number of steps already done: those of the newest checkpoint in `out`."""
+def _check_same(model_config: ModelConfig, config: TrainConfig, corpus: Corpus, checkpoint: Checkpoint) -> None:
+    ours, theirs = config.to_dict(), TrainConfig.from_dict(checkpoint.train_config).to_dict()
+    differing = [(name, theirs[name], ours[name]) for name in ours if name not in FREE_FIELDS and theirs[name] != ours[name]]
+    mine, other = model_config.to_dict(), checkpoint.model_config.to_dict()
+    differing += [(name, other[name], mine[name]) for name in mine if other[name] != mine[name]]
+    fingerprint = corpus.fingerprint()
+    differing += [("corpus", checkpoint.fingerprint, fingerprint)] if checkpoint.fingerprint != fingerprint else []
+    for name, before, now in differing:
+        raise ValueError(f"the checkpoint was written with {name} = {before!r}, but this run has {now!r}")
+
+
+def start_from(
+    model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus, out: str | os.PathLike[str] | None, resume: bool
+) -> Checkpoint | None:
+    """Where a run with these arguments of `train` would start: the newest checkpoint in `out`, or None for the beginning.
+
+    Raises ValueError for text that the configs do not fit, or checkpoints of another run.
+    """
+    _check_text(model_config, train_config, corpus)
     if out is None or not checkpoint_files(out):
-        return 0
+        return None
     require(resume, f"{out} holds the checkpoints of an earlier run and resume is False: resume it or choose another directory")
     checkpoint = load(out)
-    _restore(run, checkpoint)
-    return checkpoint.step
+    _check_same(model_config, train_config, corpus, checkpoint)
+    return checkpoint
 
 
 def _progress_bar(enabled: bool) -> Progress:
@@ -418,13 +428,16 @@ def train(
     Raises: ValueError for text that the configs do not fit, or checkpoints of another run; FloatingPointError after `patience` steps in a
     row with NaN or infinite gradients.
     """
-    _check_text(model_config, train_config, corpus)
+    checkpoint = start_from(model_config, train_config, corpus, out, resume)
     with _seeded(train_config.seed):
         model = LanguageModel(model_config, moe_class=moe_class, device=device, dtype=DTYPES[train_config.dtype][0])
     model.activation_checkpointing = train_config.activation_checkpointing
     processes.place(model)
     run = Run(model, make_optimizer(model, train_config), train_config, corpus, corpus.fingerprint(), [], processes)
-    first = _start(run, out, resume)
+    first = 0 if checkpoint is None else checkpoint.step
+    if checkpoint is not None:
+        _restore(run, checkpoint)
+    del checkpoint  # its tensors are no longer needed
     with _progress_bar(progress and processes.leader) as bar:
         task = bar.add_task("train", total=train_config.steps, completed=first, report="")
         for step in range(first + 1, train_config.steps + 1):
