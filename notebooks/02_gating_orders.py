@@ -103,7 +103,7 @@ routers = {"A": (softmax_forward, "none"), "B": (softmax_forward, "sum"), "D": (
 for name, (function, normalize) in routers.items():
     first[name] = gates_forward(function(shifted_TE)[0], best_TK, GatingConfig(top_k=2, normalize=normalize))[0][:, 0]
     print(f"{name}: first gate from {first[name].min():.3f} to {first[name].max():.3f}")
-plots.curves(shift, first, "added to all logits", "the first gate of “sat”")
+plots.curves(shift, first, "added to all logits", "gate", "the first gate of “sat”")
 
 # %% [markdown]
 # Softmax does not see a common shift, the sigmoid does. Far to the left σ(z) behaves like exp(z), and D becomes B; far to the right all

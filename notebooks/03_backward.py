@@ -41,7 +41,8 @@ moved_TK = top_k(moved_TE, 2)
 moved_gate_TK, _ = gates_forward(softmax_forward(moved_TE)[0], moved_TK, GATING)
 gate_TE = np.zeros_like(moved_TE)
 np.put_along_axis(gate_TE, moved_TK, moved_gate_TK, axis=1)
-plots.curves(value, {name: gate_TE[:, expert] for expert, name in enumerate(example.EXPERTS)}, "logit of “action”", "the gates of “cat”")
+by_name = {name: gate_TE[:, expert] for expert, name in enumerate(example.EXPERTS)}
+plots.curves(value, by_name, "logit of “action”", "gate", "the gates of “cat”")
 enters = value[(moved_TK == 2).any(1)][0]
 print(f"action is chosen from {enters:.2f} on; the next best logit is {np.sort(np.delete(logits_TE[CAT], 2))[-2]:.2f}")
 

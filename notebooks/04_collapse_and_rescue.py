@@ -128,6 +128,9 @@ check("balance", balance)
 #
 # ## 4 · The rescue
 #
+# One number for the load: **MaxVio**, by how much the busiest expert exceeds the mean load, as a share of that mean
+# ({{reference.balancing.max_violation}}). 0 is even; 3 is four times the mean.
+#
 # **Predict.** Take the collapsed layer and train it for 300 more steps with weight 1. Do the unused experts come back? At once, or one
 # after the other? What happens to the error of the task: worse, because the loss disturbs it, or better?
 
@@ -140,7 +143,7 @@ plots.shares(np.concatenate([loads, more_loads]), "the balance loss is switched 
 
 # %%
 both = {"error": np.concatenate([errors, more_errors])}
-plots.curves(np.arange(600), both, "step", "the error of the task", scale="log", mark=300)
+plots.curves(np.arange(600), both, "step", "mean square", "the error of the task", scale="log", mark=300)
 before, after = errors[-1], more_errors[-1]
 print(f"error when it is switched on: {before:.3f}, at the worst afterwards: {more_errors.max():.3f}, at the end: {after:.3f}")
 

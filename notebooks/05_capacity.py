@@ -77,7 +77,7 @@ for name, expert_TK in chosen.items():
         f"{name:>6}: nothing is dropped from factor {enough:.2f} on; then {empty[name][dropped[name] == 0][0]:.0%} of all places are empty"
     )
 shares = {f"{what}, {name}": share[name] for name in chosen for what, share in (("dropped", dropped), ("empty", empty))}
-plots.curves(factors, shares, "capacity factor", "share of assignments dropped, share of places empty")
+plots.curves(factors, shares, "capacity factor", "share", "share of assignments dropped, share of places empty")
 
 # %% [markdown]
 # An empty place is computed like any other. Even a fair router needs a factor above 1, for chance is not even; a skewed one pays for its

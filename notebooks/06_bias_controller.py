@@ -131,7 +131,7 @@ for name, violations in by_rate.items():
     print(
         f"{name:>9}: MaxVio {violations[0]:.2f} at first, {violations[50]:.2f} after 50 steps, {violations[-50:].mean():.2f} in the last 50"
     )
-plots.curves(np.arange(200), by_rate, "step", "MaxVio under three step sizes")
+plots.curves(np.arange(200), by_rate, "step", "MaxVio", "MaxVio under three step sizes")
 
 # %% [markdown]
 # Small is slow; large overshoots in every step and swings for ever. In between, what remains is the noise of a finite batch: even a
@@ -144,7 +144,7 @@ plots.curves(np.arange(200), by_rate, "step", "MaxVio under three step sizes")
 violations, biases = control(0.01)
 settled, resting_E = int(np.argmax(violations < 0.2)), biases[100:].mean(0)
 print(f"MaxVio is below 0.2 first at step {settled}; later the biases rest between {resting_E.min():.2f} and {resting_E.max():.2f}")
-plots.curves(np.arange(200), {f"expert {expert}": bias for expert, bias in enumerate(biases.T)}, "step", "the biases, γ = 0.01")
+plots.curves(np.arange(200), {f"expert {expert}": bias for expert, bias in enumerate(biases.T)}, "step", "bias", "the biases, γ = 0.01")
 
 # %% [markdown]
 # ## 4 · The world turns round
@@ -163,7 +163,7 @@ turned = {rule: control(rate, rule, taste_of=turning)[0] for rule, rate in (("si
 print(
     f"sign: start {turned['sign'][0]:.2f}, just before the turn {turned['sign'][90:100].mean():.2f}, at the turn {turned['sign'][100]:.2f}"
 )
-plots.curves(np.arange(200), turned, "step", "MaxVio, and a turn at step 100")
+plots.curves(np.arange(200), turned, "step", "MaxVio", "MaxVio, and a turn at step 100")
 
 # %% [markdown]
 # Higher: the bias that was a remedy is now added to the new favourite. A controller answers to the past. A rule with steps in

@@ -8,8 +8,8 @@
 #
 # Before each result, write down what you expect, and only then run the cell.
 #
-# Read along: {{docs/chapters/losses.md}} · the text: {{reference/text.py}} · the model: {{reference/autograd/transformer.py}} · before
-# this: [06](06_bias_controller.ipynb)
+# Read along: {{docs/chapters/specialization.md}} · the text: {{reference/text.py}} · the model:
+# {{reference/autograd/transformer.py}} · before this: [06](06_bias_controller.ipynb)
 
 # %%
 from dataclasses import replace
@@ -71,7 +71,9 @@ settings = replace(TOUR_TRAIN, steps=120, length=64, lr=8e-3, warmup=20, log_eve
 result = train(small, settings, corpus, progress=False)
 step = np.array([row["step"] for row in result.log])
 bits = np.array([row["ce"] for row in result.log]) / np.log(2)
-plots.curves(step, {"this model": bits, "all bytes alike": np.full(len(step), 8.0)}, "step", "bits per byte while training")
+plots.curves(
+    step, {"this model": bits, "all bytes alike": np.full(len(step), 8.0)}, "step", "bits per byte", "bits per byte while training"
+)
 trained = heldout_bits(result.model, corpus, 64, count=16, batch=16)
 print("on text it has never seen:", {domain: round(value, 1) for domain, value in trained.items()})
 
@@ -81,7 +83,7 @@ print("on text it has never seen:", {domain: round(value, 1) for domain, value i
 # %%
 violation = np.array([row["max_vio"]["1"] for row in result.log])
 dead = [row["dead_experts"] for row in result.log]
-plots.curves(step, {"MaxVio": violation}, "step", "how far the busiest expert is above the mean")
+plots.curves(step, {"MaxVio": violation}, "step", "MaxVio", "how far the busiest expert is above the mean")
 print(f"MaxVio {violation[0]:.1f} at the start, {violation[-5:].mean():.1f} at the end")
 print(f"experts without a token: at most {max(dead)}, at the end {dead[-1]}")
 
@@ -98,7 +100,7 @@ model, record = read_committed()
 step = np.array([row["step"] for row in record["log"]])
 curve = np.array([row["ce"] for row in record["log"]]) / np.log(2)
 smooth = np.convolve(curve, np.ones(10) / 10, "valid")
-plots.curves(step[9:], {"mean of ten": smooth}, "step", "bits per byte of the committed model while it was trained")
+plots.curves(step[9:], {"mean of ten": smooth}, "step", "bits per byte", "bits per byte of the committed model while it was trained")
 longer = heldout_bits(model, corpus, 256, count=8, batch=8)
 print("held out:", {domain: round(value, 1) for domain, value in longer.items()})
 
@@ -123,7 +125,7 @@ label_T = np.repeat(np.arange(3), WINDOWS * LENGTH)
 sequence_T = np.repeat(np.arange(3 * WINDOWS), LENGTH)
 share_VE = np.concatenate([domain_expert_share(routing.expert, label_T, 16) for routing in routings.values()])
 names = [f"layer {layer}, {domain}" for layer in routings for domain in corpus.domains]
-plots.table(share_VE, names, "share of each expert in a domain's assignments", "expert")
+plots.table(share_VE, names, "share of each expert in a domain's assignments", "expert", "", "share")
 for layer in routings:
     busiest = [int(share_VE[names.index(f"layer {layer}, {domain}")].argmax()) for domain in corpus.domains]
     print(f"layer {layer}: the expert that each domain uses most:", dict(zip(corpus.domains, busiest, strict=True)))
@@ -203,7 +205,9 @@ with torch.no_grad():
     routing = routing_to_numpy(model(torch.from_numpy(encode(line))[None])[1].routing[1])
 gate_ES = np.zeros((16, len(line)))
 np.put_along_axis(gate_ES.T, routing.expert, routing.gate, axis=1)
-plots.table(gate_ES, [str(expert) for expert in range(16)], "the gates of each byte in layer 1", "byte", [*line.replace(" ", "␣")])
+plots.table(
+    gate_ES, [str(expert) for expert in range(16)], "the gates of each byte in layer 1", "byte", "expert", "gate", [*line.replace(" ", "␣")]
+)
 
 own_TE = np.zeros((len(label_T), 16))
 np.put_along_axis(own_TE, routings[1].expert, 1, axis=1)

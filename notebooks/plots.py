@@ -54,6 +54,7 @@ def load(load_E: np.ndarray, capacity: int, experts: Sequence[str]) -> None:
     over_E = (load_E - kept_E)[load_E > capacity]
     drawn.bar(full, over_E, bottom=capacity, color="none", edgecolor=COLOURS[1], hatch="///", label="dropped")
     drawn.axhline(capacity, color=INK, linestyle="--", label="capacity")
+    drawn.set_xlabel("expert")
     drawn.set_ylabel("assignments")
     _legend(drawn)
 
@@ -61,7 +62,7 @@ def load(load_E: np.ndarray, capacity: int, experts: Sequence[str]) -> None:
 def gates(gates_by_router: Mapping[str, np.ndarray], experts: Sequence[str], token: str) -> None:
     """One group of bars for each router: the gate that each expert [E] gets from it, 0 where it was not chosen."""
     heights = {name: [gate_E[expert] for gate_E in gates_by_router.values()] for expert, name in enumerate(experts)}
-    bars(list(gates_by_router), heights, f"the gates of “{token}”", "")
+    bars(list(gates_by_router), heights, f"the gates of “{token}”", "gate")
     plt.gca().axhline(1, color=INK, linestyle=":", linewidth=1)
 
 
@@ -77,7 +78,14 @@ def bars(groups: Sequence[str], heights: Mapping[str, Sequence[float]], title: s
 
 
 def curves(
-    x: np.ndarray, curves_by_name: Mapping[str, np.ndarray], xlabel: str, title: str, *, scale: str = "linear", mark: float | None = None
+    x: np.ndarray,
+    curves_by_name: Mapping[str, np.ndarray],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    *,
+    scale: str = "linear",
+    mark: float | None = None,
 ) -> None:
     """Several functions of one variable, told apart by colour and by the kind of line; `mark` is a place to point at."""
     (drawn,) = axes(6.5, 2.8, title)
@@ -89,6 +97,7 @@ def curves(
         drawn.axvline(mark, color=COLOURS[1], linestyle="--")
     drawn.set_yscale(scale)
     drawn.set_xlabel(xlabel)
+    drawn.set_ylabel(ylabel)
     _legend(drawn)
 
 
@@ -105,14 +114,15 @@ def shares(load_SE: np.ndarray, title: str, mark: int | None = None) -> None:
     drawn.set_yticks(range(len(share_ES)))
 
 
-def table(values: np.ndarray, rows: Sequence[str], title: str, xlabel: str, columns: Sequence[str] = ()) -> None:
-    """A matrix of numbers ≥ 0, dark where they are large."""
+def table(values: np.ndarray, rows: Sequence[str], title: str, xlabel: str, ylabel: str, size: str, columns: Sequence[str] = ()) -> None:
+    """A matrix of numbers ≥ 0, strong where they are large; `size` says what the numbers are."""
     (drawn,) = axes(7.5, 0.9 + 0.28 * len(rows), title)
     image = drawn.imshow(values, aspect="auto", cmap=SHADES, vmin=0, interpolation="nearest")
-    drawn.figure.colorbar(image, ax=drawn)
+    drawn.figure.colorbar(image, ax=drawn, label=size)
     drawn.set_yticks(range(len(rows)), rows)
     drawn.set_xticks(range(values.shape[1]), columns or [str(column) for column in range(values.shape[1])])
     drawn.set_xlabel(xlabel)
+    drawn.set_ylabel(ylabel)
 
 
 def moves(token_N: np.ndarray, expert_N: np.ndarray, titles: Sequence[str], orders: Sequence[np.ndarray]) -> None:

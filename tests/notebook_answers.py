@@ -85,6 +85,11 @@ def reversed_sort(scores_TE: np.ndarray, bias_E: np.ndarray, count: int, scale: 
     return expert_TK, scale * chosen_TK / chosen_TK.sum(1, keepdims=True)
 
 
+def softmax_of_the_chosen(scores_TE: np.ndarray, bias_E: np.ndarray, count: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    expert_TK = np.argsort(-(scores_TE + bias_E), axis=1, kind="stable")[:, :count]
+    return expert_TK, scale * softmax_of(np.take_along_axis(scores_TE, expert_TK, axis=1))
+
+
 def softmax_of(logits_TE: np.ndarray) -> np.ndarray:
     exp_TE = np.exp(logits_TE)
     return exp_TE / exp_TE.sum(1, keepdims=True)
@@ -103,6 +108,13 @@ def sum_is_a_constant(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np
     total = np.take_along_axis(scores_TE, expert_TK, axis=1).sum(1, keepdims=True)
     dscores_TE = np.zeros_like(scores_TE)
     np.put_along_axis(dscores_TE, expert_TK, dgate_TK / total, axis=1)
+    return scores_TE * (dscores_TE - (dscores_TE * scores_TE).sum(1, keepdims=True))
+
+
+def forgets_to_divide(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np.ndarray) -> np.ndarray:
+    scores_TE = softmax_of(logits_TE)
+    dscores_TE = np.zeros_like(scores_TE)
+    np.put_along_axis(dscores_TE, expert_TK, dgate_TK, axis=1)
     return scores_TE * (dscores_TE - (dscores_TE * scores_TE).sum(1, keepdims=True))
 
 
@@ -274,6 +286,8 @@ WRONG = [
     ("gates", weighed_by_biased_scores, "made of the biased scores"),
     ("gates", scaled_before_the_sum, "scale has no effect"),
     ("gates", reversed_sort, "Ties go to the highest id"),
+    ("gates", softmax_of_the_chosen, "takes the place of the division"),
+    ("router_backward", forgets_to_divide, "Step 1 is missing"),
     ("router_backward", sum_is_a_constant, "taken for a constant"),
     ("router_backward", stops_at_the_scores, "back through the softmax"),
     ("router_backward", diagonal_only, "only the diagonal"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import platform
 import re
 import sys
 from collections.abc import Callable
@@ -67,6 +68,18 @@ def test_first_notebooks_print_what_is_committed() -> None:
 @pytest.mark.slow
 def test_every_notebook_prints_what_is_committed() -> None:
     assert not execute_again(BUILT)
+
+
+OLDER_PROCESSOR = {"OPENBLAS_CORETYPE": "Prescott", "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4", "ATEN_CPU_CAPABILITY": "default"}
+"""NumPy's BLAS, NumPy's own loops and PyTorch's as on a processor without AVX: other orders of summation, other last bits."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the variables name instruction sets of x86-64")
+def test_notebooks_print_the_same_without_vector_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in OLDER_PROCESSOR.items():
+        monkeypatch.setitem(build.KERNEL_ENVIRONMENT, name, value)
+    assert not execute_again([(number, "exercise") for number in SOURCES])
 
 
 def test_every_notebook_has_one_exercise_and_every_exercise_a_notebook() -> None:

@@ -59,5 +59,8 @@ EXERCISE = Exercise(
                 "The bias has no effect. Choose by scores + bias."),
         Mistake(_gates_with_loose_ties,
                 "Ties go to the highest id. Reversing an ascending sort does that; sort the negative values, stably."),
+        Mistake(lambda scores_TE, bias_E, count, scale: _v3_gates(scores_TE, bias_E, count, scale, normalize="softmax"),
+                "A softmax over the chosen scores takes the place of the division. The scores are sigmoids already: divide them by "
+                "their sum."),
     ),
 )  # fmt: skip

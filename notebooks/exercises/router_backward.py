@@ -24,6 +24,12 @@ def _sum_held_fixed(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np.n
     return softmax_backward(gates_backward(dgate_TK / total, gates), softmax)
 
 
+def _without_division(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np.ndarray) -> np.ndarray:
+    scores_TE, softmax = softmax_forward(logits_TE)
+    _, gates = gates_forward(scores_TE, expert_TK, GatingConfig(top_k=expert_TK.shape[1]))
+    return softmax_backward(gates_backward(dgate_TK, gates), softmax)
+
+
 def _without_softmax(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np.ndarray) -> np.ndarray:
     _, gates = gates_forward(softmax_forward(logits_TE)[0], expert_TK, GatingConfig(top_k=expert_TK.shape[1], normalize="sum"))
     return gates_backward(dgate_TK, gates)
@@ -58,6 +64,8 @@ EXERCISE = Exercise(
     (
         Mistake(_sum_held_fixed,
                 "The sum of the chosen scores is taken for a constant. It depends on each of them: hence the term − Σ_j dg_j g_j."),
+        Mistake(_without_division, "Step 1 is missing: this is the gradient of gates that nobody divided by their sum. Then experts that "
+                "were not chosen get a gradient, too; after the division their logits cancel."),
         Mistake(_without_softmax, "This is the gradient of the scores. One step is missing: back through the softmax, to the logits."),
         Mistake(_softmax_as_sigmoid,
                 "s (1 − s) is only the diagonal of softmax's derivative: raising one logit also lowers every other score."),
