@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -329,22 +330,87 @@ def test_a_graph_that_forgets_its_inputs_is_noticed() -> None:
     assert behaviour.recorded(Cpu(), given()) and not behaviour.recorded(Frozen(), given())
 
 
-def test_a_part_that_dies_or_hangs_is_failed_and_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "r.json"
-    results = Results(out)
+def ending(code: int | None) -> Callable[..., int | None]:
+    """Stands in for the process of a part that ends with this code, or never (None)."""
+    return lambda *_: code
+
+
+@pytest.mark.parametrize("code, why", [(None, "did not end within 5 s"), (-11, "ended with -11")])
+def test_a_part_that_dies_or_hangs_outside_its_steps_is_failed_and_keeps_what_it_had(
+    code: int | None, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Results(tmp_path / "r.json")
     results.part("environment")["results"]["a"] = 1
     results.write()
-    arguments = command._arguments(["--out", str(out), "--device", "cpu", "--seconds", "5"])
+    monkeypatch.setattr(command, "_ended", ending(code))
+    command._in_a_process("environment", command._arguments(["--out", str(results.path), "--device", "cpu", "--seconds", "5"]))
+    entry = Results(results.path).part("environment")
+    assert entry["state"] == FAILED and why in entry["why"] and entry["results"] == {"a": 1}
+    assert any(why in line for line in failures(Results(results.path)))
 
-    def hang(argv: Any, **named: Any) -> Any:
-        raise subprocess.TimeoutExpired(argv, named["timeout"])
 
-    for stand_in, why in ((hang, "did not end within 5 s"), (lambda *_, **__: types.SimpleNamespace(returncode=-11), "ended with -11")):
-        monkeypatch.setattr(command.subprocess, "run", stand_in)
-        command._in_a_process("environment", arguments)
-        entry = Results(out).part("environment")
-        assert entry["state"] == FAILED and why in entry["why"] and entry["results"] == {"a": 1}
-        assert any(why in line for line in failures(Results(out)))
+@pytest.mark.parametrize("code", [None, -11])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_that_dies_or_hangs_takes_no_other_with_it(
+    code: int | None, first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What hangs with the whole time of a part before it, or dies, has that as its result; what began late begins again."""
+    results = Results(tmp_path / "r.json")
+    results.part("tests")["step"] = {"key": "b", "first": first}
+    results.write()
+    monkeypatch.setattr(command, "_ended", ending(code))
+    command._in_a_process("tests", command._arguments(["--out", str(results.path), "--device", "cpu", "--seconds", "5"]))
+    entry = Results(results.path).part("tests")
+    assert entry["state"] == CUT and "step" not in entry
+    assert ("b" in entry["results"]) is (first or code is not None)
+    assert len(failures(Results(results.path))) == len(entry["results"])
+    steps = [("b", lambda: {"good": True}), ("c", lambda: {"good": True})]
+    results = Results(results.path)
+    assert work_off(results, "tests", steps, 60) == DONE and set(results.part("tests")["results"]) == {"b", "c"}
+
+
+def test_the_file_says_which_step_runs(tmp_path: Path) -> None:
+    path, seen = tmp_path / "r.json", []
+
+    def look() -> None:
+        seen.append(Results(path).part("tests")["step"])
+
+    results = Results(path)
+    work_off(results, "tests", [("a", look), ("b", look)], 60)
+    assert seen == [{"key": "a", "first": True}, {"key": "b", "first": False}] and "step" not in Results(path).part("tests")
+
+
+@pytest.mark.parametrize(
+    "message, fresh",
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("Triton Error [HIP]: Code: 700, an illegal memory access was encountered", True),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        ("out of resource: shared memory, Required: 278528, Hardware limit: 232448", False),
+    ],
+)
+def test_after_an_error_that_spoils_the_device_a_new_process_goes_on(message: str, fresh: bool, tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def spoil() -> None:
+        raise RuntimeError(message)
+
+    results = Results(tmp_path / "r.json")
+    steps = [("a", spoil), ("b", lambda: done.append("b"))]
+    assert work_off(results, "parity", steps, 60) == (CUT if fresh else DONE)
+    assert bool(done) is not fresh and message in results.part("parity")["results"]["a"]["error"]
+    assert work_off(results, "parity", steps, 60) == DONE and done == ["b"]
+
+
+def test_the_process_of_a_part_is_ended_with_those_that_it_started(tmp_path: Path) -> None:
+    """Where only the part's own process ended, its pytest would go on and keep the device."""
+    child = f"import pathlib, time; time.sleep(2); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert command._ended([sys.executable, "-c", parent], 1) is None
+    time.sleep(2.5)
+    assert not (tmp_path / "alive").exists()
+    assert command._ended([sys.executable, "-c", "raise SystemExit(3)"], 30) == 3
 
 
 HIDING = """

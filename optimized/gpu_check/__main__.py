@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -61,20 +62,36 @@ def run_part(name: str, out: Path, device: str, seconds: float) -> int:
     return GOOD if state == DONE else NOT_GOOD
 
 
+def _ended(command: Sequence[str], seconds: float) -> int | None:
+    """The exit code of a command, or None where it had to be ended after this time, with every process that it started."""
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True) as process:
+        try:
+            return process.wait(seconds)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return None
+            raise
+
+
 def _in_a_process(name: str, given: argparse.Namespace) -> None:
-    """One part in a process of its own, which is ended where it does not end; what it had written stays."""
+    """One part in a process of its own, which is ended where it does not end; what it had written stays.
+
+    A step that hangs or dies has that as its result and the part goes on behind it; one that began late begins again.
+    """
     from .results import CUT, FAILED, RUNNING, Results
 
     command = [sys.executable, "-m", "optimized.gpu_check", "--inside", name, "--out", str(given.out), "--device", given.device]
-    why = None
-    try:
-        code = subprocess.run([*command, "--seconds", str(given.seconds)], timeout=given.seconds, stdin=subprocess.DEVNULL).returncode
-        why = None if code in (GOOD, NOT_GOOD) else f"the process of this part ended with {code}"
-    except subprocess.TimeoutExpired:
-        why = f"one step did not end within {given.seconds:g} s"
+    code = _ended([*command, "--seconds", str(given.seconds)], given.seconds)
+    why = f"did not end within {given.seconds:g} s" if code is None else f"its process ended with {code}"
     results = Results(given.out)
     entry = results.part(name)
-    if why is not None:
+    step = entry.pop("step", None)
+    if step is not None:
+        if step["first"] or code is not None:
+            entry["results"][step["key"]] = {"error": why}
+        entry["state"] = CUT
+    elif code not in (GOOD, NOT_GOOD):
         results.data["parts"][name] = entry | {"state": FAILED, "why": why}
     elif entry["state"] == RUNNING:
         entry["state"] = CUT

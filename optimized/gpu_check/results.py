@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +15,8 @@ from reference.config import require
 SCHEMA = 1
 DONE, CUT, RUNNING, FAILED = "done", "cut", "running", "failed"
 Step = tuple[str, Callable[[], Any]]
+# After one of these nothing more can be computed in the process, which is no fault of the steps that follow.
+SPOILED = re.compile(r"\b(?:CUDA|HIP) error\b|Triton Error \[")
 
 
 class Results:
@@ -31,7 +34,7 @@ class Results:
             require(right, f"{path} is no result of this check (schema {SCHEMA}); name another file with --out")
 
     def part(self, name: str) -> dict[str, Any]:
-        """The entry of a part: state, seconds, results by key."""
+        """The entry of a part: state, seconds, results by key; while a step runs, its key and whether it is the first of its process."""
         return self.data["parts"].setdefault(name, {"state": RUNNING, "seconds": 0.0, "results": {}})
 
     def state(self, name: str) -> str | None:
@@ -49,24 +52,32 @@ class Results:
 def work_off(results: Results, name: str, steps: Iterable[Step], seconds: float, tell: Callable[[str], object] = lambda line: None) -> str:
     """Every step of a part that has no result yet, until the time is over; the state it ends in.
 
-    A step that raises has its error as its result, and the others still run.
+    A step that raises has its error as its result, and the others still run: in a new process where the device is spoiled.
     """
     entry, began = results.part(name), time.monotonic()
     before = entry["seconds"]
-    state = DONE
+    state, first = DONE, True
     for key, step in steps:
         if key in entry["results"]:
             continue
         if time.monotonic() - began > seconds:
             state = CUT
             break
+        entry["step"] = {"key": key, "first": first}
+        results.write()
+        spoiled, first = False, False
         try:
             entry["results"][key] = step()
         except Exception as error:  # a peer or a kernel may raise anything, and it is worth knowing
             entry["results"][key] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+            spoiled = SPOILED.search(str(error)) is not None
+        del entry["step"]
         entry |= {"state": RUNNING, "seconds": round(before + time.monotonic() - began, 1)}
         results.write()
         tell(f"{name}: {key}: {short(entry['results'][key])}")
+        if spoiled:
+            state = CUT
+            break
     entry |= {"state": state, "seconds": round(before + time.monotonic() - began, 1)}
     results.write()
     return state
