@@ -8,25 +8,10 @@ router is a new function and a new row, never a new branch.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless the condition holds; messages name the value and the limit."""
-    if not condition:
-        raise ValueError(message)
-
-
-def is_count(value: Any, least: int) -> bool:
-    """Whether the value is an integer (not a bool) of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def is_amount(value: Any) -> bool:
-    """Whether the value is a finite number ≥ 0 (not a bool)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+from .checks import check_flags, is_amount, is_count, known_fields, named_pairs, require
 
 
 @dataclass(frozen=True)
@@ -185,7 +170,7 @@ class ExpertsConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "zero_computation", tuple((str(kind), number) for kind, number in self.zero_computation))
+        object.__setattr__(self, "zero_computation", named_pairs(self.zero_computation, "experts.zero_computation"))
         require(is_count(self.count, 1), f"experts.count is {self.count!r}; a layer needs at least 1 expert")
         require(is_count(self.width, 1), f"experts.width is {self.width!r}; it must be an integer ≥ 1")
         require(is_amount(self.dropout) and self.dropout < 1, f"experts.dropout is {self.dropout!r}; it must lie in [0, 1)")
@@ -231,7 +216,7 @@ class BalanceConfig:
     penalty_rate: float = 1.2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "losses", tuple((str(name), weight) for name, weight in self.losses))
+        object.__setattr__(self, "losses", named_pairs(self.losses, "balance.losses"))
         names = [name for name, _ in self.losses]
         require(len(set(names)) == len(names), f"balance.losses names a loss twice: {names}")
         for name, weight in self.losses:
@@ -240,6 +225,11 @@ class BalanceConfig:
         start, rate = self.penalty_start, self.penalty_rate
         require(is_amount(start) and start > 0, f"balance.penalty_start is {start!r}; it must be a finite number > 0")
         require(is_amount(rate) and rate >= 1, f"balance.penalty_rate is {rate!r}; it must be a finite number ≥ 1")
+
+
+PARTS = {
+    "scores": ScoresConfig, "gating": GatingConfig, "capacity": CapacityConfig, "experts": ExpertsConfig, "balance": BalanceConfig,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -257,6 +247,9 @@ class MoEConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
 
     def __post_init__(self) -> None:
+        for name, part in PARTS.items():
+            require(isinstance(getattr(self, name), part), f"{name} is {getattr(self, name)!r}; it must be a {part.__name__}")
+            check_flags(getattr(self, name), f"{name}.")
         gating, experts = self.gating, self.experts
         require(is_count(self.d_model, 1), f"d_model is {self.d_model!r}; it must be an integer ≥ 1")
         require(gating.top_k <= experts.count, f"gating.top_k is {gating.top_k} but experts.count is {experts.count}")
@@ -326,7 +319,7 @@ class MoEConfig:
         rows += [("balance.losses", name, balancing.LOSSES) for name, _ in self.balance.losses]
         rows += [("experts.zero_computation", kind, zero_computation.KINDS) for kind, _ in self.experts.zero_computation]
         for where, value, table in rows:
-            require(value in table, f"{where} is {value!r}; known: {', '.join(table)}")
+            require(isinstance(value, str) and value in table, f"{where} is {value!r}; known: {', '.join(table)}")
         zero_computation.check(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -336,15 +329,5 @@ class MoEConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> MoEConfig:
         """The config that `to_dict` wrote. Raises ValueError naming an unknown field."""
-        parts = {"scores": ScoresConfig, "gating": GatingConfig, "capacity": CapacityConfig,
-                 "experts": ExpertsConfig, "balance": BalanceConfig}  # fmt: skip
-        return cls(**{k: parts[k](**known_fields(parts[k], v)) if k in parts else v for k, v in known_fields(cls, data).items()})
-
-
-def known_fields(cls: type, data: Any) -> dict[str, Any]:
-    """`data` as keyword arguments of the dataclass; ValueError names the first field that it does not have."""
-    require(isinstance(data, dict), f"{cls.__name__} wants a mapping of fields, got {data!r}")
-    names = [f.name for f in dataclasses.fields(cls)]
-    for key in data:
-        require(key in names, f"{cls.__name__} has no field {key!r}; known: {', '.join(names)}")
-    return data
+        checked = known_fields(cls, data)
+        return cls(**{k: PARTS[k](**known_fields(PARTS[k], v)) if k in PARTS else v for k, v in checked.items()})

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import MoEConfig, is_count, known_fields, require
+from .checks import check_flags, is_count, known_fields, require
+from .config import MoEConfig
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class AttentionConfig:
     relative_buckets: int = 0
 
     def __post_init__(self) -> None:
+        check_flags(self, "attention.")
         kinds = ("gqa", "mla", "grouped_output", "lstm")
         require(self.kind in kinds, f"attention.kind is {self.kind!r}; known: {', '.join(kinds)}")
         require(
@@ -82,6 +84,8 @@ class ModelConfig:
     source: str = ""
 
     def __post_init__(self) -> None:
+        check_flags(self)
+        require(isinstance(self.name, str), f"name is {self.name!r}; it must be a string")
         require(is_count(self.layers, 1), f"layers is {self.layers!r}; a model needs at least 1 layer")
         require(is_count(self.vocabulary, 1), f"vocabulary is {self.vocabulary!r}; it must be an integer ≥ 1")
         require(is_count(self.dense_width, 1), f"dense_width is {self.dense_width!r}; it must be an integer ≥ 1")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .config import ExpertsConfig, MoEConfig, is_amount, is_count, require
+from .checks import is_amount, is_count, require
+from .config import ExpertsConfig, MoEConfig
 from .scores import at_least_fp32, softmax_backward, softmax_forward
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from configs import CONFIGS, random_params, random_tokens
 
 from reference import (
+    AttentionConfig,
     BalanceConfig,
     CapacityConfig,
     ExpertsConfig,
@@ -83,6 +85,21 @@ BAD_CONFIGS: dict[str, tuple[Callable[[], Any], str]] = {
         "GatingConfig has no field 'topk'; known: top_k",
     ),
     "part that is no mapping": (lambda: MoEConfig.from_dict({"d_model": 4, "gating": 2}), "GatingConfig wants a mapping of fields, got 2"),
+    "flag in words": (
+        lambda: MoEConfig.from_dict({"d_model": 4, "gating": {"correction_bias": "no"}}),
+        "gating.correction_bias is 'no'; it must be True or False",
+    ),
+    "part of another kind": (lambda: MoEConfig(4, scores={"bias": True}), "scores is {'bias': True}; it must be a ScoresConfig"),
+    "choice that is a list": (lambda: MoEConfig(4, scores=ScoresConfig(function=["softmax"])), r"scores.function is \['softmax'\]; known"),
+    "losses without weights": (lambda: BalanceConfig(("router_z",)), r"balance.losses is \('router_z',\); it must be a sequence of pairs"),
+    "losses that are a number": (lambda: BalanceConfig(5), "balance.losses is 5; it must be a sequence of pairs"),
+    "kinds without counts": (lambda: ExpertsConfig(zero_computation=("zero",)), r"experts.zero_computation is \('zero',\)"),
+    "flag of a model": (
+        lambda: replace(presets.model("dense", tiny=True), extra_dense="no"),
+        "extra_dense is 'no'; it must be True or False",
+    ),
+    "flag of attention": (lambda: AttentionConfig(bias=1), "attention.bias is 1; it must be True or False"),
+    "name that is a number": (lambda: replace(presets.model("dense", tiny=True), name=5), "name is 5; it must be a string"),
     "unknown preset": (lambda: presets.get("switsch-base-128"), "switsch-base-128"),
 }
 
