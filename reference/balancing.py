@@ -105,9 +105,8 @@ def sequence_balance_forward(inputs: LossInputs) -> tuple[np.ndarray, BalanceCac
     Gradient: dp_te = f_e / (T_s · number of sequences).
     Source: DeepSeek-V3 technical report, eq. 17–20.
     """
-    tokens, slots = inputs.tokens, inputs.expert_TK.shape[1]
-    experts = inputs.scores_TE.shape[1]
-    unbiased_TK = top_k(inputs.scores_TE, slots)
+    tokens, experts = inputs.tokens, inputs.scores_TE.shape[1]
+    unbiased_TK = top_k(inputs.scores_TE, inputs.top_k)
     count_BE = np.zeros((tokens.groups, experts), np.int64)
     np.add.at(count_BE, (tokens.group_T[tokens.real_T][:, None], unbiased_TK[tokens.real_T]), 1)
     return _balance_forward(count_BE, tokens.group_T, inputs)

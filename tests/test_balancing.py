@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from reference import BalanceConfig, ExpertsConfig, GatingConfig, MoEConfig, init_params, moe_backward, moe_forward
+from reference import BalanceConfig, CapacityConfig, ExpertsConfig, GatingConfig, MoEConfig, init_params, moe_backward, moe_forward
 from reference.autograd import balancing as torch_balancing
 from reference.balancing import (
     BIAS_RULES,
@@ -35,6 +35,24 @@ def loss(name: str, logits_TE: np.ndarray, expert_TK: np.ndarray, groups: int, t
     tokens, slots = token_info(len(logits_TE)), expert_TK.shape[1]
     inputs = LossInputs(logits_TE, scores_TE, scores_TE, expert_TK, picked_TK, tokens, top_k=slots, groups=groups, top_groups=top_groups)
     return float(LOSSES[name].forward(inputs)[0])
+
+
+@pytest.mark.parametrize("choice", ["expert_choice", "positive"])
+def test_sequence_loss_counts_k_choices_where_a_token_may_have_all(choice: str, rng: np.random.Generator) -> None:
+    """Counting all E of them instead would make the loss 1 whatever the router does."""
+    config = MoEConfig(
+        4,
+        gating=GatingConfig(top_k=2, choice=choice),
+        capacity=CapacityConfig("per_assignment" if choice == "expert_choice" else "none"),
+        experts=ExpertsConfig(8, 4),
+        balance=BalanceConfig((("sequence_balance", 1.0),)),
+    )
+    x_TD, params = rng.normal(size=(6, 4)), init_params(config, rng)
+    output, cache = moe_forward(x_TD, params, config, training=True)
+    scores_TE = output.routing.scores
+    count_E = np.bincount(np.argsort(-scores_TE, axis=1)[:, :2].ravel(), minlength=8)
+    assert output.losses["sequence_balance"] == pytest.approx(8 / (2 * 6) * count_E @ scores_TE.mean(0))
+    assert np.abs(moe_backward(np.zeros_like(x_TD), cache)[1]["router.weight"]).max() > 1e-3
 
 
 def test_device_loss_by_hand() -> None:

@@ -74,8 +74,8 @@ def expert_balance_forward(inputs: LossInputs) -> Tensor:
 
 def sequence_balance_forward(inputs: LossInputs) -> Tensor:
     """DeepSeek-V3's complementary loss (loss-sequence): the mean over groups; f counts the top-K of the scores without correction bias."""
-    tokens, slots, experts = inputs.tokens, inputs.expert_TK.shape[1], inputs.scores_TE.shape[1]
-    bucket_TK = tokens.group_T[:, None] * experts + top_k(inputs.scores_TE.detach(), slots)
+    tokens, experts = inputs.tokens, inputs.scores_TE.shape[1]
+    bucket_TK = tokens.group_T[:, None] * experts + top_k(inputs.scores_TE.detach(), inputs.top_k)
     count = count_load(bucket_TK, tokens.real_T[:, None].expand(bucket_TK.shape), tokens.groups * experts)
     size_B = count_per_group(tokens.group_T, tokens.real_T, tokens.groups)
     groups = tokens.total((size_B > 0).sum()).clamp(min=1)
