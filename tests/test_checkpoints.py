@@ -265,6 +265,10 @@ CHANGES: dict[str, Change] = {
     "has the unknown field 'author'": lambda t, m: m.update(author="x"),
     "has version 2; this code reads version 1": lambda t, m: m.update(version=2),
     "is of kind 'picture'; known: training, model": lambda t, m: m.update(kind="picture"),
+    r"is of kind \[\]; known: training, model": lambda t, m: m.update(kind=[]),
+    "'norm.weight' of dtype torch.int32; parameters must be floating": lambda t, m: t.update(
+        {"model.norm.weight": torch.ones(6, dtype=torch.int32)}
+    ),
     "has step -1": lambda t, m: m.update(step=-1),
     "has a log that is no list of rows": lambda t, m: m.update(log={"loss": 1}),
     "ModelConfig has no field 'depth'": lambda t, m: m["model_config"].update(depth=3),

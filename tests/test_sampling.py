@@ -17,6 +17,7 @@ LOGITS = torch.tensor([1.0, 3.0, 2.0, 3.0, -1.0])
 def test_probabilities_are_a_softmax_with_temperature() -> None:
     torch.testing.assert_close(token_probabilities(LOGITS, 0.5), torch.softmax(LOGITS.double() / 0.5, 0))
     assert token_probabilities(LOGITS, 0).tolist() == [0, 1, 0, 0, 0]
+    assert token_probabilities(LOGITS, 1e-320).tolist() == [0, 0.5, 0, 0.5, 0], "a quotient has overflowed"
 
 
 @pytest.mark.parametrize("top_k, stay", [(1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (5, [0, 1, 2, 3, 4])])
@@ -99,6 +100,8 @@ def test_mode_is_put_back() -> None:
         ("top_p is 1.5", dict(top_p=1.5)),
         ("count is -2", dict(count=-2)),
         ("window is 1", dict(window=1)),
+        ("seed is -1; it must lie between", dict(seed=-1)),
+        ("seed is 9223372036854775808", dict(seed=2**63)),
     ],
 )
 def test_bad_values_are_named(message: str, options: dict[str, float]) -> None:

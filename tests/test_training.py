@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,6 +206,27 @@ def test_heldout_bits_are_the_mean_over_windows() -> None:
     assert all(7 < bits < 11 for bits in whole.values())
 
 
+def test_heldout_losses_come_when_they_are_due_whatever_is_logged() -> None:
+    log = run(config=replace(RUN, steps=8, log_every=5, evaluate_every=3, heldout=2)).log
+    assert [row["step"] for row in log] == [3, 5, 6, 8]
+    assert [row["step"] for row in log if "heldout" in row] == [3, 6, 8]
+
+
+def test_a_directory_that_cannot_be_made_ends_a_run_before_its_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    seen: list[int] = []
+    with pytest.raises(OSError, match="file"):
+        train(
+            MODEL,
+            replace(RUN, log_every=1),
+            CORPUS,
+            out=tmp_path / "file",
+            progress=False,
+            callback=lambda row, _: seen.append(row["step"]),
+        )
+    assert seen == []
+
+
 def test_mixed_precision_keeps_parameters_wide() -> None:
     result = run(config=replace(RUN, dtype="bfloat16"))
     assert {p.dtype for p in result.model.parameters()} == {torch.float32}
@@ -222,6 +244,13 @@ BAD = {
     "dtype is 'int8'; known: float64, float32, bfloat16": dict(dtype="int8"),
     "seed is True": dict(seed=True),
     "keep is 0": dict(keep=0),
+    "lr is True": dict(lr=True),
+    "activation_checkpointing is 'no'; it must be True or False": dict(activation_checkpointing="no"),
+    r"schedule is \['cosine'\]": dict(schedule=["cosine"]),
+    r"dtype is \{\}": dict(dtype={}),
+    "domain_weights is 5; it must be a sequence of pairs": dict(domain_weights=5),
+    r"domain_weights is \['sums'\]": dict(domain_weights=["sums"]),
+    "domain_weights gives 'sums' the weight 'x'": dict(domain_weights=(("sums", "x"),)),
 }
 
 

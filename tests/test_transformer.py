@@ -11,7 +11,7 @@ from conftest import REPOSITORY, needs_tool
 from language_models import ATTENTION, model_config, random_bytes, random_model
 from tracer import traced
 
-from reference import AttentionConfig, ExpertsConfig, GatingConfig, MoEConfig, presets
+from reference import AttentionConfig, ExpertsConfig, GatingConfig, ModelConfig, MoEConfig, presets
 from reference.autograd import MoE, transformer
 from reference.autograd.transformer import KVCache, LanguageModel, cross_entropy
 from reference.cost import model_parameters, sum_parameters
@@ -164,6 +164,27 @@ def test_cache_continues_the_pass() -> None:
     parts = [model(part, cache=cache)[0] for part in tokens.split([5, 1, 1, 4, 1], 1)]
     close(torch.cat(parts, 1), expected)
     assert cache.length == 12
+
+
+NOT_CAUSAL = {"expert_choice", "soft"}
+
+
+def decodable() -> list[str]:
+    """The presets whose tiny model can be built and whose routing of a token does not depend on others."""
+
+    def fits(config: ModelConfig) -> bool:
+        moe = config.moe
+        return not config.encoder_layers and moe.capacity.formula == "none" and moe.gating.choice not in NOT_CAUSAL
+
+    return [name for name in presets.names() if fits(presets.model(name, tiny=True))]
+
+
+@pytest.mark.parametrize("name", decodable())
+def test_cache_continues_the_pass_of_every_preset_that_drops_nothing(name: str) -> None:
+    model = random_model(presets.model(name, tiny=True)).eval()
+    tokens = random_bytes(1, 9)
+    expected, cache = model(tokens)[0], KVCache()
+    close(torch.cat([model(part, cache=cache)[0] for part in tokens.split([4, 1, 1, 1, 2], 1)], 1), expected)
 
 
 @pytest.mark.parametrize("name", ["gshard", "deepseek-v3", "switch"])

@@ -141,7 +141,7 @@ def _check_metadata(metadata: Any, path: Path) -> None:
     require(isinstance(metadata, dict), f"{path} has metadata that is no mapping: {metadata!r:.80}")
     require(metadata.get("version") == VERSION, f"{path} has version {metadata.get('version')!r}; this code reads version {VERSION}")
     kind = metadata.get("kind")
-    require(kind in FIELDS, f"{path} is of kind {kind!r}; known: {', '.join(FIELDS)}")
+    require(isinstance(kind, str) and kind in FIELDS, f"{path} is of kind {kind!r}; known: {', '.join(FIELDS)}")
     for name in sorted(FIELDS[kind] - metadata.keys()):
         raise ValueError(f"{path} lacks the field {name!r}")
     for name in sorted(metadata.keys() - FIELDS[kind]):
@@ -183,6 +183,13 @@ def _wanted(config: ModelConfig, dtype: torch.dtype) -> tuple[dict[str, Tensor],
     return dict(model.state_dict()), optimizer
 
 
+def _dtype(model: Mapping[str, Tensor], path: Path) -> torch.dtype:
+    """That of a stored model's parameters."""
+    dtype = model.get("norm.weight", torch.empty(0)).dtype
+    require(dtype.is_floating_point, f"{path} has 'norm.weight' of dtype {dtype}; parameters must be floating point")
+    return dtype
+
+
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
@@ -204,8 +211,8 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     parts = {prefix: _part(tensors, prefix) for prefix in ("model.", "optimizer.")}
     for name in tensors:
         require(name.startswith(tuple(parts)), f"{path} has the unknown tensor {name!r}")
-    dtype = parts["model."].get("norm.weight", torch.empty(0)).dtype
-    for (prefix, part), wanted in zip(parts.items(), _wanted(config, dtype), strict=True):
+    wanted_parts = _wanted(config, _dtype(parts["model."], path))
+    for (prefix, part), wanted in zip(parts.items(), wanted_parts, strict=True):
         check_tensors(part, wanted, f"{path}, {prefix[:-1]}:")
     rest = {name: metadata[name] for name in ("step", "train_config", "fingerprint", "log")}
     return Checkpoint(model_config=config, model=parts["model."], optimizer=parts["optimizer."], **rest)
@@ -253,8 +260,7 @@ def load_model(
         metadata, tensors = _read(path)
         require(metadata["kind"] == MODEL, f"{path} is of kind {metadata['kind']!r}; a checkpoint's name starts with step-")
         config = _model_config(metadata, path)
-        stored = tensors.get("norm.weight", torch.empty(0)).dtype
-        check_tensors(tensors, _wanted(config, stored)[0], f"{path}:")
+        check_tensors(tensors, _wanted(config, _dtype(tensors, path))[0], f"{path}:")
     dtype = tensors["norm.weight"].dtype if dtype is None else dtype
     model = LanguageModel(config, moe_class=moe_class, device=device, dtype=dtype)
     model.load_state_dict(tensors)

@@ -23,7 +23,7 @@ def token_probabilities(logits_V: Tensor, temperature: float, top_k: int | None 
     logits_V = logits_V.double()
     if temperature == 0:
         return torch.zeros_like(logits_V).index_fill(0, logits_V.argmax(), 1)
-    sorted_V, order_V = torch.softmax(logits_V / temperature, 0).sort(descending=True, stable=True)
+    sorted_V, order_V = torch.softmax((logits_V - logits_V.max()) / temperature, 0).sort(descending=True, stable=True)
     if top_k is not None:
         sorted_V = torch.cat([sorted_V[:top_k], torch.zeros_like(sorted_V[top_k:])])
         sorted_V = sorted_V / sorted_V.sum()
@@ -33,10 +33,11 @@ def token_probabilities(logits_V: Tensor, temperature: float, top_k: int | None 
     return torch.zeros_like(sorted_V).index_copy(0, order_V, sorted_V / sorted_V.sum())
 
 
-def _check(model: LanguageModel, count: int, temperature: float, top_k: int | None, top_p: float | None, window: int) -> None:
+def _check(model: LanguageModel, count: int, temperature: float, top_k: int | None, top_p: float | None, *, seed: int, window: int) -> None:
     config = model.config
     require(config.vocabulary == 256, f"vocabulary is {config.vocabulary}; sampling bytes needs a byte model, 256")
     require(count >= 0, f"count is {count}; it must be at least 0")
+    require(0 <= seed < 2**63, f"seed is {seed}; it must lie between 0 and 2⁶³ − 1")
     require(
         math.isfinite(temperature) and temperature >= 0,
         f"temperature is {temperature}; it must be finite and ≥ 0 (0: the most probable byte)",
@@ -81,7 +82,7 @@ def sample(
     Where expert capacity is limited or experts choose tokens, a byte that comes alone is routed without the bytes before it.
     Raises: ValueError for a value outside its range, and for a model whose tokens are no bytes.
     """
-    _check(model, count, temperature, top_k, top_p, window)
+    _check(model, count, temperature, top_k, top_p, seed=seed, window=window)
     training = model.training
     model.eval()
     rng, out = torch.Generator().manual_seed(seed), bytearray()

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor, nn
 
 from ..balancing import dead_experts, max_violation
-from ..config import known_fields, require
+from ..checks import check_flags, is_amount, is_count, known_fields, named_pairs, require
 from ..model_config import ModelConfig
 from ..text import Corpus, batches, heldout_windows
 from .checkpoints import MOMENTS, Checkpoint, checkpoint_files, load, save
@@ -94,25 +94,24 @@ class TrainConfig:
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "domain_weights", tuple((str(domain), weight) for domain, weight in self.domain_weights))
+        object.__setattr__(self, "domain_weights", named_pairs(self.domain_weights, "domain_weights"))
+        for domain, weight in self.domain_weights:
+            require(is_amount(weight), f"domain_weights gives {domain!r} the weight {weight!r}; it must be a finite number ≥ 0")
+        check_flags(self)
         least = {name: 1 for name in ("steps", "batch", "length", "accumulation", "log_every", "heldout", "keep", "patience")}
         least |= {name: 0 for name in ("warmup", "seed", "evaluate_every", "checkpoint_every")}
         for name, limit in least.items():
             value = getattr(self, name)
-            require(
-                isinstance(value, int) and not isinstance(value, bool) and value >= limit,
-                f"{name} is {value!r}; it must be an integer ≥ {limit}",
-            )
+            require(is_count(value, limit), f"{name} is {value!r}; it must be an integer ≥ {limit}")
         for name in ("lr", "final_lr", "beta1", "beta2", "eps", "weight_decay", "clip"):
             value = getattr(self, name)
-            require(
-                isinstance(value, (int, float)) and math.isfinite(value) and value >= 0, f"{name} is {value!r}; it must be finite and ≥ 0"
-            )
+            require(is_amount(value), f"{name} is {value!r}; it must be a finite number ≥ 0")
         for name, limit in (("beta1", "below 1"), ("beta2", "below 1")):
             require(getattr(self, name) < 1, f"{name} is {getattr(self, name)!r}; it must be {limit}")
         require(self.batch % self.accumulation == 0, f"accumulation is {self.accumulation}, which does not divide batch = {self.batch}")
-        require(self.schedule in SCHEDULES, f"schedule is {self.schedule!r}; known: {', '.join(SCHEDULES)}")
-        require(self.dtype in DTYPES, f"dtype is {self.dtype!r}; known: {', '.join(DTYPES)}")
+        for name, table in (("schedule", SCHEDULES), ("dtype", DTYPES)):
+            value = getattr(self, name)
+            require(isinstance(value, str) and value in table, f"{name} is {value!r}; known: {', '.join(table)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict, ready for JSON; `from_dict` is its inverse."""
@@ -125,7 +124,7 @@ class TrainConfig:
 
 
 class TrainResult(NamedTuple):
-    """model; log: one row per `log_every` steps and per skipped step; record: what `checkpoints.export` writes beside the model."""
+    """model; log: one row per `log_every` steps, held-out loss and skipped step; record: what `checkpoints.export` writes beside it."""
 
     model: LanguageModel
     log: list[Row]
@@ -315,6 +314,10 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _evaluates(config: TrainConfig, step: int) -> bool:
+    return config.evaluate_every > 0 and (step % config.evaluate_every == 0 or step == config.steps)
+
+
 def _row(run: Run, step: int, result: StepResult, speed: float) -> Row:
     """The log row after `step` steps. JSON has no NaN: what is not finite is None."""
     loads = {layer: load.cpu().numpy() for layer, load in result.load.items()}
@@ -326,7 +329,7 @@ def _row(run: Run, step: int, result: StepResult, speed: float) -> Row:
     row |= run.processes.facts()
     if result.skipped:
         row["skipped"] = result.skipped
-    if run.config.evaluate_every and (step % run.config.evaluate_every == 0 or step == run.config.steps):
+    if _evaluates(run.config, step):
         config = run.config
         row["heldout"] = heldout_bits(run.model, run.corpus, config.length, config.heldout, max(config.batch // config.accumulation, 1))
     return row
@@ -434,6 +437,8 @@ def train(
     model.activation_checkpointing = train_config.activation_checkpointing
     processes.place(model)
     run = Run(model, make_optimizer(model, train_config), train_config, corpus, corpus.fingerprint(), [], processes)
+    if out is not None:
+        processes.write(partial(os.makedirs, out, exist_ok=True))  # a path that cannot be fails now, not after hours
     first = 0 if checkpoint is None else checkpoint.step
     if checkpoint is not None:
         _restore(run, checkpoint)
@@ -444,7 +449,8 @@ def train(
             began = time.perf_counter()
             result = optimizer_step(run, step - 1, batch_of_step(corpus, train_config, step - 1))
             speed = train_config.batch * train_config.length / (time.perf_counter() - began)
-            if step % train_config.log_every == 0 or step == train_config.steps or result.skipped:
+            due = step % train_config.log_every == 0 or step == train_config.steps or _evaluates(train_config, step)
+            if due or result.skipped:
                 run.log.append(_row(run, step, result, speed))
                 if callback is not None:
                     callback(run.log[-1], model)
