@@ -32,11 +32,17 @@ def command(function: Callable[..., Result]) -> Callable[..., int]:
 
     @functools.wraps(function)
     def run(*, json_path: Path | None = None, **arguments: Any) -> int:
-        if json_path is not None:
-            _check_writable(json_path)
-        result = function(**arguments)
-        if json_path is not None:
-            _write_json(json_path, result.data)
+        if json_path is None:
+            return GOOD if function(**arguments).good else NOT_GOOD
+        is_new = not json_path.exists()
+        _check_writable(json_path)
+        try:
+            result = function(**arguments)
+        except BaseException:
+            if is_new:
+                json_path.unlink(missing_ok=True)
+            raise
+        _write_json(json_path, result.data)
         return GOOD if result.good else NOT_GOOD
 
     option = inspect.Parameter("json_path", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=JsonOption)
@@ -95,6 +101,8 @@ def run(arguments: Sequence[str]) -> int:
 def main() -> None:
     """The entry point of `moebius` and of `python -m optimized.cli`."""
     prepare_process()
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a sign shows "?" instead of ending hours of work
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     sys.exit(run(sys.argv[1:]))
 
 

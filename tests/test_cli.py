@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -55,6 +56,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ("parity --tracks reference --case one-token", "reference"),
         ("parity --dtypes float12", "'float12'"),
         ("parity --preset dense --case tile", "dense"),
+        ("parity --preset=", "''"),
+        ("parity --case=", "''"),
+        ("kernels --against {broken}", "broken.json"),
         ("parity --case tile --json {directory}", "{directory}"),
         ("train --preset gpt", "'gpt'"),
         ("train --steps many", "many"),
@@ -65,10 +69,17 @@ def read_json(path: Path) -> dict[str, Any]:
         ("train --config {broken}", "broken.json"),
         ("train --config {unknown}", "'optimiser'"),
         ("train --config {field}", "'heads'"),
+        ("train --config {deep}", "deep.json"),
+        ("train --config {pairs}", "domain_weights is [5]"),
+        ("train --config {flag}", "activation_checkpointing is 'no'"),
+        ("train --config {listed}", "dtype is ['x']"),
+        ("train --preset mixtral-8x7b --steps 1 --out {broken}", "broken.json"),
         ("sample --checkpoint {directory}/none.safetensors", "none.safetensors"),
         ("sample --checkpoint {broken}", "broken.json"),
         ("sample --checkpoint {model} --temperature -1", "-1"),
         ("sample --checkpoint {model} --count -5", "-5"),
+        ("sample --checkpoint {model} --seed -1", "seed is -1"),
+        ("sample --checkpoint {model} --seed 99999999999999999999", "seed is 99999999999999999999"),
         ("sample --checkpoint {model} --top-p 2", "2"),
         ("tour --seconds -3", "-3"),
         ("tour --out {directory}", "{directory}"),
@@ -79,7 +90,15 @@ def test_bad_input_is_one_line_that_names_the_value(
     arguments: str, named: str, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    contents = {"broken": "{", "unknown": '{"model": {}, "optimiser": {}}', "field": '{"model": {"name": "x", "heads": 3}}'}
+    contents = {
+        "broken": "{",
+        "unknown": '{"model": {}, "optimiser": {}}',
+        "field": '{"model": {"name": "x", "heads": 3}}',
+        "deep": "[" * 100_000,
+    }
+    tiny, trains = presets.model("mixtral-8x7b", tiny=True).to_dict(), {}
+    trains |= {"pairs": {"domain_weights": [5]}, "flag": {"activation_checkpointing": "no"}, "listed": {"dtype": ["x"]}}
+    contents |= {name: json.dumps({"model": tiny, "train": train}) for name, train in trains.items()}
     paths = {name: tmp_path / f"{name}.json" for name in contents} | {"directory": tmp_path, "model": model}
     for name, content in contents.items():
         paths[name].write_text(content, encoding="utf-8")
@@ -88,6 +107,27 @@ def test_bad_input_is_one_line_that_names_the_value(
     assert printed.err.startswith("moebius: error: ") and printed.err.count("\n") == 1, printed.err
     assert named.format(**paths) in printed.err
     assert not printed.out.strip(), "the error came after results"
+
+
+def test_a_run_that_diverges_is_measured_and_not_good(trained: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert trained("--steps", "30", "--lr", "1e30") == cli.NOT_GOOD
+    assert "NaN or infinite gradients" in capsys.readouterr().out
+    assert "NaN or infinite gradients" in read_json(Path("train.json"))["error"]
+
+
+def test_bad_input_leaves_no_empty_result_and_an_earlier_one_alone(tmp_path: Path) -> None:
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    old.write_text("{}", encoding="utf-8")
+    for path in (new, old):
+        assert cli.run(["parity", "--preset", "gpt", "--json", str(path)]) == cli.BAD_INPUT
+    assert not new.exists() and old.read_text(encoding="utf-8") == "{}"
+
+
+def test_a_terminal_without_the_signs_gets_the_result_all_the_same(model: Path) -> None:
+    words = [sys.executable, "-m", "optimized.cli", "sample", "--checkpoint", str(model), "--count", "1", "--prompt", "é ×"]
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == cli.GOOD, done.stderr
+    assert done.stdout.startswith("? ?")
 
 
 def test_debug_shows_where_an_error_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:

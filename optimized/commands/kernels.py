@@ -65,7 +65,10 @@ def _plan(quick: bool, rejected: bool, **options: str | None) -> Plan:
 def _recorded(path: Path) -> dict[str, Any]:
     from reference.config import require
 
-    data = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        data = None
     usable = isinstance(data, dict) and {"rows", "triton"} <= data.keys()
     require(usable, f"--against is {path}, which is no result of `moebius kernels --json`")
     return data

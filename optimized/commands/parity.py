@@ -32,8 +32,8 @@ def run(
         require(name in DTYPES, f"dtype {name!r} is unknown; known: {', '.join(DTYPES)}")
     require(preset is None or case is None, f"--preset {preset} and --case {case} exclude each other")
     some = preset is not None or case is not None
-    all_cases = [cases.get(case)] if case else [] if some else list(cases.CASES)
-    all_presets = [preset] if preset else [] if some else list(presets.names())
+    all_cases = [cases.get(case)] if case is not None else [] if some else list(cases.CASES)
+    all_presets = [preset] if preset is not None else [] if some else list(presets.names())
     inputs = {f"case {c.name}": case_inputs(c) for c in all_cases} | {f"preset {p}": preset_inputs(p) for p in all_presets}
     out = console()
     rows, bites = [], []

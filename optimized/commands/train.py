@@ -36,8 +36,8 @@ def _read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     require(path.is_file(), f"--config is {path}, which is no file")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--config is {path}, which is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--config is {path}, which is no JSON that can be read: {error}") from error
     require(isinstance(data, dict) and "model" in data, f'{path} must hold {{"model": …, "train": …}}, the second optional')
     for key in data:
         require(key in ("model", "train"), f"{path} has the unknown field {key!r}; known: model, train")
@@ -85,14 +85,19 @@ def run(
 
 
 def _alone(model_config: ModelConfig, train_config: TrainConfig, moe_class: Any, out: Path, resume: bool) -> Result:
-    """In this process."""
+    """In this process; 1 where its gradients stayed NaN or infinite."""
     from reference.autograd.checkpoints import export
     from reference.autograd.training import heldout_bits, train
 
     from ..tour import open_corpus
+    from ._show import console
 
     corpus, _ = open_corpus()
-    result = train(model_config, train_config, corpus, moe_class=moe_class, out=out, resume=resume)
+    try:
+        result = train(model_config, train_config, corpus, moe_class=moe_class, out=out, resume=resume)
+    except FloatingPointError as error:
+        console().print(str(error), style="red", markup=False, soft_wrap=True)
+        return Result({"error": str(error)}, False)
     path = export(out / "model.safetensors", result.model, record=result.record)
     bits = heldout_bits(result.model, corpus, train_config.length, train_config.heldout, train_config.batch)
     data = {"model": str(path), "heldout": bits, **result.record, "model_config": model_config.to_dict()}
