@@ -71,7 +71,7 @@ def _recorded(path: Path) -> dict[str, Any]:
         data = None
     usable = isinstance(data, dict) and {"rows", "triton"} <= data.keys()
     require(usable, f"--against is {path}, which is no result of `moebius kernels --json`")
-    return data
+    return data  # type: ignore[return-value]
 
 
 def _with_progress(plan: Plan, out: Console, processes: int, fresh: bool) -> dict[str, Any]:
