@@ -25,7 +25,8 @@ ORDERS = 8
 D_AXIS: Mapping[str, int | None] = {
     "weight": -1, "bias": None, "correction_bias": None, "gate_up_proj": -1, "up_proj": -1, "down_proj": -2,
     "gate_up_proj_bias": None, "up_proj_bias": None, "down_proj_bias": -1, "gate": -1, "gate_bias": None,
-    "noise_weight": -1, "expert_scale": None, "scale": None, "hash_table": None, "penalty": None, "constant": -1, "constant_gate": -1,
+    "noise_weight": -1, "residual_weight": None, "expert_scale": None, "scale": None, "hash_table": None, "penalty": None,
+    "constant": -1, "constant_gate": -1,
 }  # fmt: skip
 
 VALUES: Mapping[str, int | None] = {

@@ -97,10 +97,13 @@ def layer_step(task: Task, dtype: str, moe_class: Callable[..., nn.Module], mesh
     x_TD.requires_grad_()
     replay = part_of(task.replay, own_T)
     group_ids, token_ids, pad_mask = (torch.from_numpy(array[own_T]) for array in (task.groups, task.ids, task.inputs.pad_mask))
-    y_TD, aux = moe(x_TD, group_ids=group_ids, token_ids=token_ids, pad_mask=pad_mask, replay=replay)
+    previous = {"previous_logits": _previous_logits(task, dtype)[own_T].requires_grad_()} if task.inputs.config.scores.residual else {}
+    y_TD, aux = moe(x_TD, group_ids=group_ids, token_ids=token_ids, pad_mask=pad_mask, replay=replay, **previous)
     # The objective is the mean over ranks; the parts of the task's sum must therefore be R times as large.
     ((y_TD.double() * dy_TD.double()).sum() * ranks + aux.loss).backward()
     outputs = {"y": y_TD, "dx": x_TD.grad / ranks, "expert": aux.routing.expert, "keep": aux.routing.keep}
+    if previous:
+        outputs["dprevious"] = previous["previous_logits"].grad / ranks  # type: ignore[operator]
     if mesh is not None:
         sync_gradients(moe)
     outputs |= {"loss": aux.loss, "load": aux.routing.load, "importance": aux.routing.importance}
@@ -114,6 +117,12 @@ def layer_step(task: Task, dtype: str, moe_class: Callable[..., nn.Module], mesh
     arrays = {name: full(t) if whole and isinstance(t, DTensor) else array_of(t) for name, t in outputs.items()}
     stacks = [] if whole else [name for name, t in outputs.items() if isinstance(t, DTensor)]
     return arrays if mesh is None else _gathered(arrays, own_T, stacks, moe)
+
+
+def _previous_logits(task: Task, dtype: str) -> Tensor:
+    """What the router of the layer before said of every token, always the same."""
+    shape = len(task.inputs.x), task.inputs.config.experts.count
+    return torch.from_numpy(np.random.default_rng(7).standard_normal(shape)).to(DTYPES[dtype])
 
 
 def place_in(mesh: DeviceMesh) -> int:
@@ -132,7 +141,7 @@ def _gathered(arrays: dict[str, np.ndarray], own_T: np.ndarray, stacks: Sequence
     (transport, *_) = groups_of(moe)
     parts = transport.gather_objects((own_T, arrays), "gathering results")
     whole = {**arrays, **{name: np.concatenate([theirs[name] for _, theirs in parts]) for name in stacks}}
-    for name in ("y", "dx", "expert", "keep"):
+    for name in {"y", "dx", "dprevious", "expert", "keep"} & arrays.keys():
         whole[name] = np.zeros((sum(len(places) for places, _ in parts), *arrays[name].shape[1:]), arrays[name].dtype)
         for places, theirs in parts:
             whole[name][places] = theirs[name]
