@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 SMALLEST = 1 << 20  # below this an allocator keeps its pages anyway
-KEPT_BYTES = 256 << 20  # at most this much waits for the next tensor; what comes back beyond that goes to the system
+KEPT_BYTES = 256 << 20  # at most this much waits for the next tensor; for what comes back beyond that, the oldest goes to the system
 
 
 class Recycler:
@@ -25,7 +25,7 @@ class Recycler:
     def __init__(self, most: int = KEPT_BYTES) -> None:
         """Keep at most so many bytes for the next tensors."""
         self.most = most
-        self._free: dict[int, list[Tensor]] = {}
+        self._free: list[Tensor] = []  # the oldest first
         self._waiting = 0
         self._lock = threading.RLock()  # a collection that runs while it is held may give memory back
 
@@ -49,20 +49,22 @@ class Recycler:
     def release(self) -> None:
         """Give all of it to the system."""
         with self._lock:
-            self._free, self._waiting = {}, 0
+            self._free, self._waiting = [], 0
 
     def _take(self, size: int) -> Tensor:
         with self._lock:
-            if blocks := self._free.get(size):
-                self._waiting -= size
-                return blocks.pop()
+            for place in reversed(range(len(self._free))):
+                if self._free[place].numel() == size:
+                    self._waiting -= size
+                    return self._free.pop(place)
         return torch.empty(size, dtype=torch.uint8)
 
     def _give_back(self, block: Tensor) -> None:
         with self._lock:
-            if self._waiting + block.numel() <= self.most:
-                self._free.setdefault(block.numel(), []).append(block)
-                self._waiting += block.numel()
+            self._free.append(block)
+            self._waiting += block.numel()
+            while self._waiting > self.most:
+                self._waiting -= self._free.pop(0).numel()
 
 
 GRADIENTS = Recycler()

@@ -64,6 +64,19 @@ def test_no_more_waits_than_was_said() -> None:
     assert recycler.waiting_bytes() == 0
 
 
+def test_memory_that_nobody_asks_for_again_makes_room() -> None:
+    recycler = Recycler(most=3 * SMALLEST)
+    older = recycler.empty((2 * LARGE,), LIKE)
+    del older
+    gc.collect()
+    other = recycler.empty((2, LARGE + 1), LIKE)
+    place = other.data_ptr()
+    del other
+    gc.collect()
+    assert recycler.waiting_bytes() == 2 * SMALLEST + 8, "the older block went"
+    assert recycler.empty((2, LARGE + 1), LIKE).data_ptr() == place
+
+
 def test_small_tensors_and_those_without_numbers_are_the_allocators() -> None:
     recycler = Recycler()
     assert recycler.empty((LARGE - 1,), LIKE).untyped_storage().resizable()
