@@ -139,3 +139,16 @@ def test_tf32_keeps_ten_bits() -> None:
     values = np.array([1.0, 1 + 2.0**-10, 1 + 2.0**-11, 1 + 1.9 * 2.0**-10, -1 - 2.0**-11, np.inf, 0.0], np.float32)
     expected = np.array([1.0, 1 + 2.0**-10, 1.0, 1 + 2.0**-10, -1.0, np.inf, 0.0], np.float32)
     np.testing.assert_array_equal(tf32_of(values), expected)
+
+
+def test_a_row_of_a_product_has_the_same_bits_wherever_it_lies() -> None:
+    from optimized.kernels.interpreter import ordered_product
+
+    rng = np.random.default_rng(0)
+    for m, k, n in ((16, 16, 16), (16, 64, 32), (64, 32, 128)):
+        left, right = (rng.standard_normal(shape).astype(np.float32) for shape in ((m, k), (k, n)))
+        whole = ordered_product(left, right, np.float32)
+        np.testing.assert_allclose(whole, left.astype(np.float64) @ right, rtol=0, atol=1e-5 * k)
+        moved = rng.permutation(m)
+        np.testing.assert_array_equal(ordered_product(left[moved], right, np.float32), whole[moved])
+        np.testing.assert_array_equal(ordered_product(np.asfortranarray(left), np.asfortranarray(right), np.float32), whole)

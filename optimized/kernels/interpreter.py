@@ -1,7 +1,8 @@
 """Triton's interpreter with right arithmetic: bfloat16 that is bfloat16, tf32 that rounds, and device functions that cost less.
 
 The stock interpreter (seen in 3.7.1 and 3.9.0) keeps a bfloat16 as the uint16 of its bits and lets NumPy add, compare and multiply those
-integers, without an error; it truncates fp32 → bf16 where a GPU rounds to nearest even; and it multiplies "tf32" operands unrounded.
+integers, without an error; it truncates fp32 → bf16 where a GPU rounds to nearest even; it multiplies "tf32" operands unrounded; and it
+leaves the order of a product's sums to BLAS, which on some processors (seen on Zen 5) differs from row to row of a tile.
 `repair` replaces those operations. TRITON_INTERPRET=1 must be set before the first `import triton`.
 """
 
@@ -118,19 +119,27 @@ def _repair_reductions(interpreter: Any, handle: Any) -> None:
     in_float32(interpreter.ScanOps)
 
 
+def ordered_product(left: NDArray, right: NDArray, dtype: Any) -> NDArray:
+    """A tile's matrix product, every element summed in the order of the inner dimension; BLAS may take another order in each row."""
+    return np.einsum("...mk,...kn->...mn", np.ascontiguousarray(left), np.ascontiguousarray(right), dtype=dtype)
+
+
 def _repair_products(builder: Any, handle: Any) -> None:
     from triton._C.libtriton import ir
 
     stock = builder.create_dot
 
+    def values(operand: Any, rounds: bool) -> NDArray:
+        wide = float32_of(operand.data) if _is_bfloat16(operand) else operand.data
+        return tf32_of(wide) if rounds else wide
+
     def dot(self: Any, left: Any, right: Any, accumulator: Any, precision: Any, imprecise: Any) -> Any:
-        if _is_bfloat16(left) or _is_bfloat16(right) or _is_bfloat16(accumulator):
-            values = [float32_of(t.data) if _is_bfloat16(t) else t.data for t in (left, right, accumulator)]
-            product = np.matmul(values[0], values[1]) + values[2]
-            return handle(bfloat16_of(product) if _is_bfloat16(accumulator) else product, accumulator.dtype.scalar)
-        if left.data.dtype == np.float32 and precision == ir.INPUT_PRECISION.TF32:
-            left, right = (handle(tf32_of(operand.data), tl.float32) for operand in (left, right))
-        return stock(self, left, right, accumulator, precision, imprecise)
+        if any(operand.data.dtype == np.uint8 for operand in (left, right)):  # fp8, which the stock interpreter converts
+            return stock(self, left, right, accumulator, precision, imprecise)
+        rounds = left.data.dtype == np.float32 and precision == ir.INPUT_PRECISION.TF32
+        start = values(accumulator, rounds=False)
+        product = ordered_product(values(left, rounds), values(right, rounds), start.dtype) + start
+        return handle(bfloat16_of(product) if _is_bfloat16(accumulator) else product, accumulator.dtype.scalar)
 
     builder.create_dot = dot
 
