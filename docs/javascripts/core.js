@@ -22,6 +22,33 @@ export const bySum = (chosen) => {
   return chosen.map((s) => s / total);
 };
 
+const dot = (a, b) => sum(a.map((v, i) => v * b[i]));
+
+const softmaxBackward = (dout, out) => {
+  const mean = dot(dout, out);
+  return out.map((s, e) => s * (dout[e] - mean));
+};
+
+/** Score functions: logits → scores, and (dscores, scores) → dlogits. */
+export const SCORES = {
+  softmax: { forward: softmax, backward: softmaxBackward },
+  sigmoid: { forward: sigmoid, backward: (dscores, scores) => scores.map((s, e) => dscores[e] * s * (1 - s)) },
+  identity: { forward: (row) => row, backward: (dscores) => dscores },
+};
+
+/** Normalizers: chosen scores → gates, and (dgate, gate, chosen scores) → dchosen. */
+export const NORMALIZERS = {
+  none: { forward: (chosen) => chosen, backward: (dgate) => dgate },
+  sum: {
+    forward: bySum,
+    backward: (dgate, gate, chosen) => {
+      const [mean, total] = [dot(dgate, gate), sum(chosen)];
+      return dgate.map((d) => (d - mean) / total);
+    },
+  },
+  softmax: { forward: softmax, backward: softmaxBackward },
+};
+
 export const capacityPerAssignment = (factor, topK, tokens, experts) => Math.ceil((factor * topK * tokens) / experts - 1e-9);
 
 /** Assignments [token, slot] in the order in which they are served. */
@@ -53,6 +80,7 @@ export const maxViolation = (load) => {
   return average > 0 ? Math.max(...load) / average - 1 : 0;
 };
 
-export const fixed = (value, digits = 2) => (Object.is(value, -0) ? 0 : value).toFixed(digits).replace("-", "−");
+/** As a page prints it; what is rounded to 0 has no sign. */
+export const fixed = (value, digits = 2) => value.toFixed(digits).replace(/^-(?=[0.]*$)/, "").replace("-", "−");
 
 export const escapeHtml = (text) => String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
