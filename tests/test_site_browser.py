@@ -156,6 +156,13 @@ def test_link_checker_sees_what_is_broken(tmp_path):
 
 # Page, key of a control, how often ArrowRight (negative: ArrowLeft), what it changes, what the status must then say of Python's result.
 Told = Callable[[dict], str]
+
+
+def shown(value: float) -> str:
+    """A number as figures print it."""
+    return f"{value:.3f}".replace("-", "−")
+
+
 MOVES: dict[str, tuple[str, str, int, dict[str, Any], Told]] = {
     "route": ("", "topK", -1, {"topK": 1}, lambda case: f"goes to action with gate {case['gate'][2][0]:.3f}. Capacity {case['capacity']}"),
     "gates": ("chapters/gating/", "z0", -20, {"logits": [-1.0, -1.0, 1.6, 0.3]}, lambda case: f"{case['sigmoid']['gate'][0]:.3f}, "),
@@ -185,6 +192,13 @@ MOVES: dict[str, tuple[str, str, int, dict[str, Any], Told]] = {
         {"checkpoint": 4},
         lambda case: f"MaxVio {case['violation']:.2f}.",
     ),
+    "gradients": (
+        "chapters/gradients/",
+        "dg2",
+        -8,
+        {"dgate": [-1.0, -0.8]},
+        lambda case: f"thing {shown(case['dlogits'][1])}, action {shown(case['dlogits'][2])}, place 0.",
+    ),
 }
 STARTS = {
     "route": {"word": 2, "topK": 2, "factor": 1.0, "order": "choice_major"},
@@ -197,6 +211,7 @@ STARTS = {
     "granularity": {"logCut": 0, "shared": 0, "tokens": 1024},
     "lamp": {"logSize": -3.0, "logAtol": -2.0, "rtol": 0.02},
     "scrubber": {"checkpoint": 7, "layer": 1, "run": 0},
+    "gradients": {"word": 1, "topK": 2, "router": "sum", "dgate": [-1.0, 0.0]},
 }
 
 
@@ -221,6 +236,25 @@ def test_figure_under_the_keyboard_shows_what_python_computes(site, browser, nam
         page.click(f"#figure-{name} .moe-reset")
         page.wait_for_timeout(SETTLED)
         assert page.evaluate("location.hash") == "" and not visit.troubles
+
+
+def test_single_gate_teaches_nothing_until_it_is_no_longer_divided(site, browser):
+    """The puzzle of the chapter on gradients, with the keys of a reader."""
+    state = STARTS["gradients"] | {"topK": 1}
+    make_data, _, case = figures.FIGURES["gradients"]
+    with Visit(browser, site[0], viewport={"width": 390, "height": 900}) as visit:
+        page = visit.open("chapters/gradients/")
+        page.focus("#figure-gradients-topK")
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_timeout(SETTLED)
+        assert not case(state, make_data())["dlogits"].any()
+        assert "Every logit gets 0: the only gate is 1" in page.inner_text("#figure-gradients .moe-status")
+        page.focus("#figure-gradients-router")
+        page.keyboard.press("ArrowUp")  # from "÷ sum" to the plain softmax
+        page.wait_for_timeout(SETTLED)
+        learned = case(state | {"router": "plain"}, make_data())["dlogits"]
+        told = ", ".join(f"{name} {shown(value)}" for name, value in zip(make_data()["experts"], learned, strict=True))
+        assert learned.all() and told in page.inner_text("#figure-gradients .moe-status")
 
 
 def test_address_restores_a_figure(site, browser):

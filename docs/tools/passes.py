@@ -27,7 +27,7 @@ def gradients_case(state: Json, data: Json) -> Json:
     scores_TE, scores = SCORE_FUNCTIONS[function].forward(np.array(data["logits"])[[state["word"]]])
     expert_TK = top_k(scores_TE, count)
     gate_TK, gates = gates_forward(scores_TE, expert_TK, GatingConfig(top_k=count, normalize=normalize))
-    dgate_TK = np.array([state["dgate"][:count]])
+    dgate_TK = np.array([state["dgate"][:count]], float)
     dscores_TE = gates_backward(dgate_TK, gates)
     dlogits_TE = SCORE_FUNCTIONS[function].backward(dscores_TE, scores)
     found = {"scores": scores_TE, "expert": expert_TK, "gate": gate_TK, "dgate": dgate_TK, "dscores": dscores_TE, "dlogits": dlogits_TE}

@@ -35,7 +35,8 @@ function signed(value, most) {
   return `${said(value)}<div class="moe-signed"><div class="moe-bar" style="margin-left:${(value < 0 ? 50 - width : 50).toFixed(1)}%;width:${width.toFixed(1)}%"></div></div>`;
 }
 
-const DESCENT = [["raised", (d) => d < 0], ["lowered", (d) => d > 0]];
+/** Where gradient descent moves a logit: against its gradient. */
+const DESCENT = [["up", (d) => d < 0], ["down", (d) => d > 0]];
 const descent = (d) => (nothing(d) ? "–" : DESCENT.find(([, holds]) => holds(d))[0]);
 
 /** Why no logit learns anything. */
@@ -45,7 +46,7 @@ const idle = ({ dgate }) => {
 };
 
 const slope = (k, ordinal) => ({
-  key: `dg${k + 1}`, label: `Cotangent of the ${ordinal} gate`, min: -1, max: 1, step: 0.1,
+  key: `dg${k + 1}`, label: `${ordinal} dgate`, min: -1, max: 1, step: 0.1,
   get: ({ dgate }) => dgate[k],
   set: (old, value) => ({ ...old, dgate: old.dgate.map((d, i) => (i === k ? value : d)) }),
 });
@@ -56,13 +57,13 @@ export default {
   valid: ({ word, topK: count, router, dgate }, { words }) => words[word] !== undefined && (count === 1 || count === 2) && router in ROUTERS && dgate.every((d) => Math.abs(d) <= 1),
   controls: (data, state) => {
     const { expert } = compute(state, data);
-    const named = (k) => (value) => (k < expert.length ? `${data.experts[expert[k]]} ${fixed(value, 1)}` : "no such gate");
+    const named = (k) => (value) => (k < expert.length ? `${data.experts[expert[k]]} ${fixed(value, 1)}` : "none");
     return [
       { key: "word", label: "Word", options: data.words.map((text, t) => [t, `${t + 1} ${text}`]) },
       { key: "router", label: "Router", options: Object.entries(ROUTERS).map(([name, { label }]) => [name, label]) },
       { key: "topK", label: "Experts per token, K", min: 1, max: 2, step: 1 },
-      { ...slope(0, "first"), show: named(0) },
-      { ...slope(1, "second"), show: named(1) },
+      { ...slope(0, "First"), show: named(0) },
+      { ...slope(1, "Second"), show: named(1) },
     ];
   },
   compute,
@@ -71,18 +72,18 @@ export default {
     const rows = data.experts.map((text, e) => {
       const slot = expert.indexOf(e);
       const kind = slot < 0 ? "" : `moe-e${e}`;
-      const cells = [slot < 0 ? "–" : fixed(gate[slot], 3), slot < 0 ? "–" : signed(dgate[slot], most.dgate), signed(dscores[e], most.dscores), signed(dlogits[e], most.dlogits), descent(dlogits[e])];
-      return `<tr><th scope="row">${escapeHtml(text)}</th>${cells.map((cell) => `<td class="${kind}">${cell}</td>`).join("")}</tr>`;
+      const cells = [slot < 0 ? "–" : signed(dgate[slot], most.dgate), signed(dscores[e], most.dscores), signed(dlogits[e], most.dlogits), descent(dlogits[e])];
+      return `<tr><th scope="row" class="${kind}">${escapeHtml(text)}<span class="moe-note">${slot < 0 ? "not chosen" : `gate ${fixed(gate[slot], 3)}`}</span></th>${cells.map((cell) => `<td class="${kind}">${cell}</td>`).join("")}</tr>`;
     });
-    const head = ["", "gate", "dgate", "dscore", "dlogit", "logit is"];
+    const head = ["", "dgate", "dscore", "dlogit", "step"];
     return `<div class="moe-scroll"><table class="moe-grid moe-slopes"><thead><tr>${head.map((text) => `<th scope="col">${text}</th>`).join("")}</tr></thead><tbody>${rows.join("")}</tbody></table></div>
-<p class="moe-note">coloured: chosen; each column has its own scale, from the middle to its largest value over all settings</p>`;
+<p class="moe-note">a full bar: the largest value of the column over all settings; step: where gradient descent moves the logit</p>`;
   },
   describe({ expert, gate, dlogits, ...rest }, { word, topK: count, router }, { words, experts }) {
     const gates = expert.map((e, k) => `${experts[e]} with gate ${fixed(gate[k], 3)}`).join(", ");
     const start = `“${words[word]}”, ${ROUTERS[router].label}, K = ${count}: ${gates}.`;
     if (dlogits.every(nothing)) return `${start} Every logit gets 0: ${idle(rest)}. The task teaches the router nothing.`;
-    const moved = DESCENT.map(([verb, holds]) => [verb, range(experts.length).filter((e) => !nothing(dlogits[e]) && holds(dlogits[e])).map((e) => experts[e])]).filter(([, names]) => names.length);
-    return `${start} The gradient of the logits is ${experts.map((text, e) => `${text} ${said(dlogits[e])}`).join(", ")}. A step of gradient descent would find ${moved.map(([verb, names]) => `${names.join(" and ")} ${verb}`).join(", ")}.`;
+    const moved = DESCENT.map(([where, holds]) => [where, range(experts.length).filter((e) => !nothing(dlogits[e]) && holds(dlogits[e])).map((e) => experts[e])]).filter(([, names]) => names.length);
+    return `${start} The gradient of the logits is ${experts.map((text, e) => `${text} ${said(dlogits[e])}`).join(", ")}. Gradient descent moves ${moved.map(([where, names]) => `${names.join(" and ")} ${where}`).join(", ")}.`;
   },
 };
