@@ -296,6 +296,7 @@ FIGURES: dict[str, tuple[Callable[[], Json], Callable[[Json], list[Json]], Calla
     "lamp": (lamp_data, lamp_states, lamp_case),
     "scrubber": (measured.scrubber_data, measured.scrubber_states, measured.scrubber_case),
     "gradients": (passes.gradients_data, passes.gradients_states, passes.gradients_case),
+    "dispatch": (passes.dispatch_data, passes.dispatch_states, passes.dispatch_case),
 }
 """Name → (data, states to compare, what Python computes for one of them)."""
 
