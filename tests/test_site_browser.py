@@ -271,7 +271,7 @@ def test_rows_are_followed_to_their_experts_and_back(site, browser):
     with Visit(browser, site[0], viewport={"width": 390, "height": 900}, has_touch=True) as visit:
         page = visit.open("chapters/dispatch/#figure-dispatch?pull=-4&factor=0&word=2")
         found = case({"pull": -4, "factor": 0}, make_data())
-        assert found["bounds"][0] == found["bounds"][1] and "grammar: no rows" in page.inner_text("#figure-dispatch svg")
+        assert found["bounds"][0] == found["bounds"][1] and "grammar: no rows" in page.text_content("#figure-dispatch svg")
         own = [f"row {n} with gate {found['gate'][n]:.3f}" for n, token in enumerate(found["token"]) if token == 2]
         assert f"“sat” is {' and '.join(own)}." in page.inner_text("#figure-dispatch .moe-status")
         page.select_option("#figure-dispatch-view", "einsum")

@@ -59,13 +59,13 @@ function drawing(result, state, { words, experts }) {
   const most = state.view === "einsum" ? result.slots : result.rows.length;
   const height = TOP + most * ROW + experts.length * HEAD;
   const wordY = (t) => TOP + HEAD + (t * (height - TOP - 2 * HEAD)) / (words.length - 1);
-  const dim = (token) => (state.word >= 0 && token !== state.word ? " moe-dim" : "");
+  const dim = (token, passed) => ((state.word < 0 ? passed : token !== state.word) ? " moe-dim" : "");
   const lines = all.flatMap(({ row }, i) => {
     if (!row) return [];
     const [y, own] = [tops[i] + ROW / 2, `moe-line moe-e${row.expert}`];
     const gate = result.gate[result.rows.indexOf(row)];
-    const there = `<line class="${own}${dim(row.token) || (state.step === COMBINE ? " moe-dim" : "")}" x1="${X.tokens}" y1="${wordY(row.token).toFixed(1)}" x2="${X.left}" y2="${y}" stroke-width="1.5"/>`;
-    const back = `<line class="${own}${dim(row.token)}" x1="${X.right}" y1="${y}" x2="${X.after}" y2="${wordY(row.token).toFixed(1)}" stroke-width="${(0.5 + 5 * gate).toFixed(1)}"/>`;
+    const there = `<line class="${own}${dim(row.token, state.step === COMBINE)}" x1="${X.tokens}" y1="${wordY(row.token).toFixed(1)}" x2="${X.left}" y2="${y}" stroke-width="1.5"/>`;
+    const back = `<line class="${own}${dim(row.token, false)}" x1="${X.right}" y1="${y}" x2="${X.after}" y2="${wordY(row.token).toFixed(1)}" stroke-width="${(0.5 + 5 * gate).toFixed(1)}"/>`;
     return state.step === COMBINE ? [there, back] : [there];
   });
   const names = words.flatMap((text, t) => {
@@ -95,10 +95,18 @@ const TOLD = [
   { sort: () => "Each word adds up its rows, weighted with their gates.", einsum: () => "Each word adds up its rows, weighted with their gates; empty slots have none." },
 ];
 
-function followed({ rows, gate }, word, words) {
-  const own = range(rows.length).filter((n) => rows[n].token === word);
+/** Where a row stands in what is drawn. */
+const PLACES = {
+  list: ({ list, rows }, n) => `entry ${list.indexOf(rows[n])}`,
+  sort: (_, n) => `row ${n}`,
+  einsum: ({ rows, bounds }, n, experts) => `slot ${n - bounds[rows[n].expert]} of ${experts[rows[n].expert]}`,
+};
+
+function followed(result, { step, view, word }, { words, experts }) {
+  const own = range(result.rows.length).filter((n) => result.token[n] === word);
   if (!own.length) return ` “${words[word]}” has no row, so it gets 0.`;
-  return ` “${words[word]}” is ${own.map((n) => `row ${n} with gate ${fixed(gate[n], 3)}`).join(" and ")}.`;
+  const place = PLACES[step === LIST ? "list" : view];
+  return ` “${words[word]}” is ${own.map((n) => `${place(result, n, experts)} with gate ${fixed(result.gate[n], 3)}`).join(" and ")}.`;
 }
 
 const CAPACITIES = [[0, "none: nobody is dropped"], [1, "factor 1"], [1.5, "factor 1.5"], [2, "factor 2"]];
@@ -117,9 +125,9 @@ export default {
   compute,
   picture: (result, state, data) => `${drawing(result, state, data)}
 <p class="moe-line-of"><strong>Dropped</strong> ${result.dropped.map((one) => `<span class="moe-chip moe-lost">${copy(one, data.words)}</span>`).join("") || "nobody"}</p>${table(result)}`,
-  describe(result, { step, view, word }, { words, experts }) {
+  describe(result, state, data) {
     const { rows, slots, padding, integers, entries, dropped } = result;
-    const lost = dropped.map((one) => `“${words[one.token]}” for ${experts[one.expert]}`).join(", ");
-    return `${TOLD[step][view](result)}${word >= 0 ? followed(result, word, words) : ""} Sort: ${rows.length} rows, ${integers} integers. Einsum: ${slots} rows, ${padding} of them padding, ${entries} entries.${lost ? ` Dropped: ${lost}.` : ""}`;
+    const lost = dropped.map((one) => `“${data.words[one.token]}” for ${data.experts[one.expert]}`).join(", ");
+    return `${TOLD[state.step][state.view](result)}${state.word < 0 ? "" : followed(result, state, data)} Sort: ${rows.length} rows, ${integers} integers. Einsum: ${slots} rows, ${padding} of them padding, ${entries} entries.${lost ? ` Dropped: ${lost}.` : ""}`;
   },
 };
