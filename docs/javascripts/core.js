@@ -73,6 +73,23 @@ export const countLoad = (expert, experts) => {
   return load;
 };
 
+/** Softmax, top-K, gates by sum, and who finds room; without a factor there is as much as the busiest expert needs. */
+export const route = (logits, count, factor, order = "choice_major") => {
+  const [T, E] = [logits.length, logits[0].length];
+  const scores = logits.map(softmax);
+  const expert = scores.map((row) => topK(row, count));
+  const load = countLoad(expert, E);
+  const capacity = factor ? capacityPerAssignment(factor, count, T, E) : Math.max(...load);
+  const served = serve(expert, E, capacity, order);
+  const keep = expert.map((row) => row.map(() => false));
+  for (const one of served) keep[one.token][one.slot] = one.keep;
+  const gate = scores.map((row, t) => bySum(expert[t].map((e) => row[e])).map((g, k) => (keep[t][k] ? g : 0)));
+  return { scores, expert, gate, keep, load, capacity, served };
+};
+
+/** Every assignment in token order. */
+export const assignments = (expert) => expert.flatMap((row, token) => row.map((e, slot) => ({ token, slot, expert: e })));
+
 export const mean = (rows) => rows[0].map((_, e) => sum(rows.map((row) => row[e])) / rows.length);
 
 export const maxViolation = (load) => {

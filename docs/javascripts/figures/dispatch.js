@@ -1,32 +1,22 @@
 // Dispatch and combine: tokens left, rows in expert order, tokens right; and what the same costs with padded slots.
-import { bySum, capacityPerAssignment, countLoad, escapeHtml, fixed, range, serve, softmax, topK } from "../core.js";
-
-/** Kept assignments in token order, in expert order, and where each expert's rows begin: a stable sort. */
-function sorted(expert, keep, experts) {
-  const list = expert.flatMap((row, token) => row.map((e, slot) => ({ token, slot, expert: e }))).filter(({ token, slot }) => keep[token][slot]);
-  const rows = range(experts).flatMap((e) => list.filter((one) => one.expert === e));
-  return { list, rows, bounds: range(experts + 1).map((e) => rows.filter((one) => one.expert < e).length) };
-}
+import { assignments, escapeHtml, fixed, range, route } from "../core.js";
 
 export function compute({ pull, factor }, { logits, pulled, topK: count }) {
-  const [T, E] = [logits.length, logits[0].length];
-  const scores = logits.map((row) => softmax(row.map((z, e) => (e === pulled ? z + pull : z))));
-  const expert = scores.map((row) => topK(row, count));
-  const load = countLoad(expert, E);
-  const capacity = factor ? capacityPerAssignment(factor, count, T, E) : Math.max(...load);
-  const keep = expert.map((row) => row.map(() => false));
-  for (const one of serve(expert, E, capacity, "choice_major")) keep[one.token][one.slot] = one.keep;
-  const { list, rows, bounds } = sorted(expert, keep, E);
+  const { expert, gate, keep, load, capacity } = route(logits.map((row) => row.map((z, e) => (e === pulled ? z + pull : z))), count, factor);
+  const all = assignments(expert);
+  const list = all.filter(({ token, slot }) => keep[token][slot]);
+  const rows = range(load.length).flatMap((e) => list.filter((one) => one.expert === e)); // a stable sort
+  const bounds = range(load.length + 1).map((e) => rows.filter((one) => one.expert < e).length);
+  const slots = load.length * capacity;
   return {
-    list, rows, bounds, load, capacity,
-    token: rows.map((row) => row.token), slot: rows.map((row) => row.slot),
-    gate: rows.map(({ token, slot }) => bySum(expert[token].map((e) => scores[token][e]))[slot]),
-    dropped: expert.flatMap((row, token) => row.map((e, slot) => ({ token, slot, expert: e }))).filter(({ token, slot }) => !keep[token][slot]),
-    integers: 2 * rows.length + bounds.length, slots: E * capacity, padding: E * capacity - rows.length, entries: T * count * E * capacity,
+    list, rows, bounds, load, capacity, slots,
+    token: rows.map((row) => row.token), slot: rows.map((row) => row.slot), gate: rows.map(({ token, slot }) => gate[token][slot]),
+    dropped: all.filter(({ token, slot }) => !keep[token][slot]),
+    integers: 2 * rows.length + bounds.length, padding: slots - rows.length, entries: all.length * slots,
   };
 }
 
-const [LIST, SORT, EXPERTS, COMBINE] = range(4);
+const [LIST, , EXPERTS, COMBINE] = range(4);
 const STEPS = ["the list", "sort", "experts", "combine"];
 const VIEWS = { sort: "the sort", einsum: "the einsum" };
 const X = { tokens: 48, left: 118, right: 242, after: 312 };
