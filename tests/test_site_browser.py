@@ -204,14 +204,16 @@ MOVES: dict[str, tuple[str, str, int, dict[str, Any], Told]] = {
         "pull",
         4,
         {"pull": 4},
-        lambda case: f"Sort: {len(case['token'])} rows, {case['integers']} integers. Einsum: {4 * case['capacity']} rows, {case['padding']} of them",
+        lambda case: (
+            f"Sort: {len(case['token'])} rows, {case['integers']} integers. Einsum: {4 * case['capacity']} rows, {case['padding']} of them"
+        ),
     ),
     "crossings": (
         "chapters/expert-parallelism/",
         "topK",
         2,
         {"topK": 4},
-        lambda case: f"{case['dispatch'].sum():,} bytes over 2 ranks. A row for each assignment instead of each rank would make the dispatch {case['apart']:,}",
+        lambda case: f"the dispatch would send {case['apart']:,} bytes, not {case['dispatch'].sum():,}.",
     ),
 }
 STARTS = {

@@ -4,6 +4,7 @@ and back, tokens to other ranks."""
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,10 +90,11 @@ def crossings_case(state: Json, data: Json) -> Json:
     limit = CapacityConfig("per_assignment", factor=data["factor"])
     routing = routed(logits_TE, GatingConfig(top_k=top_k, normalize="sum"), limit)
     rank_T, owner_E = np.arange(tokens) * ranks // tokens, np.arange(experts) * ranks // experts
-    sizes = {"ranks": ranks, "itemsize": state["itemsize"], "gate_itemsize": data["gateBytes"]}
-    sent = cost.all_to_all_volume(routing.expert, routing.keep, rank_T, owner_E, state["dModel"], **sizes)
-    one_by_one = (array.reshape(-1, 1) for array in (routing.expert, routing.keep))
-    apart = cost.all_to_all_volume(*one_by_one, rank_T.repeat(top_k), owner_E, state["dModel"], **sizes)
+    volume = partial(
+        cost.all_to_all_volume, owner_E=owner_E, d_model=state["dModel"], ranks=ranks, itemsize=state["itemsize"], gate_itemsize=data["gateBytes"]
+    )  # fmt: skip
+    sent = volume(routing.expert, routing.keep, rank_T)
+    apart = volume(routing.expert.reshape(-1, 1), routing.keep.reshape(-1, 1), rank_T.repeat(top_k))
     return {"home": rank_T, "owner": owner_E, "kept": int(routing.keep.sum()), "apart": int(apart.dispatch.sum()), **sent._asdict()}
 
 

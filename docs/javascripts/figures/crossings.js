@@ -1,5 +1,5 @@
 // Who crosses to whom: words on their ranks, experts on theirs, and the bytes of the four all-to-alls.
-import { assignments, escapeHtml, fixed, range, route, sum } from "../core.js";
+import { assignments, escapeHtml, range, route, sum } from "../core.js";
 
 /** Of `count` things in blocks of equal size, the rank that holds each. */
 const blocks = (count, ranks) => range(count).map((i) => Math.floor((i * ranks) / count));
@@ -32,10 +32,10 @@ export function compute({ ranks, topK: count, dModel, itemsize }, { logits, fact
 }
 
 const WAYS = {
-  dispatch: "dispatch: rows, gates, experts' ids",
-  combine: "combine: rows",
-  combine_gradient: "backward of combine: rows",
-  dispatch_gradient: "backward of dispatch: rows, gates' gradients",
+  dispatch: ["dispatch", "rows, gates and experts’ ids"],
+  combine: ["combine", "rows"],
+  combine_gradient: ["backward of combine", "rows"],
+  dispatch_gradient: ["backward of dispatch", "rows and gradients of gates"],
 };
 const BACK = { combine: true, dispatch_gradient: true };
 const bytes = (count) => count.toLocaleString("en");
@@ -83,7 +83,7 @@ export default {
   controls: ({ experts, dModel }) => [
     { key: "ranks", label: "Ranks, R", options: [1, 2, 4].map((n) => [n, String(n)]) },
     { key: "topK", label: "Experts per token, K", min: 1, max: experts.length, step: 1 },
-    { key: "way", label: "All-to-all", options: Object.entries(WAYS) },
+    { key: "way", label: "All-to-all", options: Object.entries(WAYS).map(([way, [name]]) => [way, name]) },
     { key: "dModel", label: "Model width, D", options: [[dModel, `${dModel}, as here`], [2048, "2048"], [7168, "7168"]] },
     { key: "itemsize", label: "Rows travel in", options: [[4, "fp32"], [2, "bf16"], [1, "fp8"]] },
   ],
@@ -93,7 +93,7 @@ export default {
     const [lines, away] = [total(crossings), total(copies)];
     const start = `${kept} kept assignments, ${dropped} dropped; ${away} of them are away from home and cross in ${lines} rows.`;
     if (!lines) return `${start} Nothing is sent.`;
-    const saved = 100 * (1 - total(result.dispatch) / apart);
-    return `${start} ${WAYS[way]}: ${bytes(total(result[way]))} bytes over ${ranks} ranks. A row for each assignment instead of each rank would make the dispatch ${bytes(apart)} bytes; this is ${fixed(saved, 0)} % less.`;
+    const [name, what] = WAYS[way];
+    return `${start} Between ${ranks} ranks the ${name} sends ${what}, ${bytes(total(result[way]))} bytes. With a row for each assignment instead of each rank the dispatch would send ${bytes(apart)} bytes, not ${bytes(total(result.dispatch))}.`;
   },
 };
