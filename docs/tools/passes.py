@@ -90,9 +90,8 @@ def crossings_case(state: Json, data: Json) -> Json:
     limit = CapacityConfig("per_assignment", factor=data["factor"])
     routing = routed(logits_TE, GatingConfig(top_k=top_k, normalize="sum"), limit)
     rank_T, owner_E = np.arange(tokens) * ranks // tokens, np.arange(experts) * ranks // experts
-    volume = partial(
-        cost.all_to_all_volume, owner_E=owner_E, d_model=state["dModel"], ranks=ranks, itemsize=state["itemsize"], gate_itemsize=data["gateBytes"]
-    )  # fmt: skip
+    sizes = {"ranks": ranks, "d_model": state["dModel"], "itemsize": state["itemsize"], "gate_itemsize": data["gateBytes"]}
+    volume = partial(cost.all_to_all_volume, owner_E=owner_E, **sizes)
     sent = volume(routing.expert, routing.keep, rank_T)
     apart = volume(routing.expert.reshape(-1, 1), routing.keep.reshape(-1, 1), rank_T.repeat(top_k))
     return {"home": rank_T, "owner": owner_E, "kept": int(routing.keep.sum()), "apart": int(apart.dispatch.sum()), **sent._asdict()}
