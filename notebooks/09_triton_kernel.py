@@ -37,7 +37,7 @@ print("rows of each expert:", np.diff(where.bounds_P).tolist())
 # %% [markdown]
 # ## 1 · Programs, blocks, masks
 #
-# `@triton.jit` makes a kernel of a function, and `kernel[(number,)](…)` launches it as so many *programs*. Every program runs the same
+# `@triton.jit` makes a kernel of a function. A launch says in square brackets as how many *programs*, and every program runs the same
 # lines. What differs is `tl.program_id(0)`, from which it computes *which* elements are its own: a block of them, one for each *lane*. A
 # block has a power of two of lanes (`tl.constexpr`: known before the kernel is compiled), whether or not there is something for each; a
 # **mask** switches off the others. An array arrives as the address of its first element, and `tl.load` and `tl.store` take address + index.
