@@ -76,6 +76,12 @@ def relation(pairs: Pairs) -> str | None:
     return next(filter(None, (named(pairs) for named in RELATIONS)), None) if pairs else None
 
 
+def _never_a_number(pairs: Pairs) -> str | None:
+    if any(pair.found.dtype.kind != "f" or not np.isnan(pair.found[pair.wrong]).all() for pair in pairs):
+        return None
+    return "at the wrong places, yours is always NaN: 0 / 0, 0 · log 0, or never written"
+
+
 def transposed(pairs: Pairs) -> str | None:
     """Rows for columns; the only relation between arrays of unequal shape."""
     turned = all(pair.truth.ndim == 2 and _same(pair.found, pair.truth.T) for pair in pairs)
@@ -232,7 +238,7 @@ def _one_side(pairs: Pairs) -> str | None:
 
 
 RELATIONS: tuple[Callable[[Pairs], str | None], ...] = (
-    _everywhere_one_number, transposed, _factor, _distance, _argument_missing, _factor_of_rows, _factor_of_columns,
+    _never_a_number, _everywhere_one_number, transposed, _factor, _distance, _argument_missing, _factor_of_rows, _factor_of_columns,
     _reversed, _shifted, _another_order, _one_side,
 )  # fmt: skip
 
@@ -242,7 +248,9 @@ def _is_bool(pairs: Pairs) -> bool:
 
 
 def _same(found: np.ndarray, truth: np.ndarray) -> bool:
-    return found.shape == truth.shape and bool(np.allclose(found, truth, rtol=1e-5, atol=1e-5 * rms(truth), equal_nan=True))
+    if found.shape != truth.shape:
+        return False
+    return bool(np.allclose(found, truth, rtol=1e-5, atol=1e-5 * rms(truth[np.isfinite(truth)]), equal_nan=True))
 
 
 def _is_one(values: np.ndarray) -> bool:

@@ -71,6 +71,8 @@ def pairs_of(answer: Callable[[np.ndarray], np.ndarray], *truths: np.ndarray) ->
         (lambda x_TD: x_TD[:, [1, 0, 3, 2]], "each row has the right numbers, in another order"),
         (lambda x_TD: x_TD[[1, 0, *range(2, len(x_TD))]], "the rows are right, in another order"),
         (lambda x_TD: np.full_like(x_TD, 0.5), "yours is 0.5 everywhere, whatever the input"),
+        (lambda x_TD: np.full_like(x_TD, np.nan), "at the wrong places, yours is always NaN: 0 / 0, 0 · log 0, or never written"),
+        (lambda x_TD: np.where(x_TD > 0, x_TD, np.nan), "at the wrong places, yours is always NaN: 0 / 0, 0 · log 0, or never written"),
         (lambda x_TD: np.maximum(x_TD, 0), "at the wrong places, yours is always 0"),
         (lambda x_TD: x_TD + np.abs(x_TD) ** 3 + 1e-3, "at the wrong places, yours is always too large"),
     ],
@@ -83,6 +85,7 @@ def test_argument_that_is_missing_or_too_much_is_named_and_nothing_else_is() -> 
     other_TD = RNG.standard_normal(TRUTH_TD.shape)
     pairs = [Pair(TRUTH_TD - other_TD, TRUTH_TD, np.ones((6, 4), bool), {"bias_TD": other_TD})]
     assert differs.relation(pairs) == "what yours has too little is exactly bias_TD"
+    assert differs.relation([pairs[0]._replace(found=TRUTH_TD + other_TD)]) == "what yours has too much is exactly bias_TD"
     assert differs.relation([Pair(TRUTH_TD + other_TD**3, TRUTH_TD, np.ones((6, 4), bool), {"bias_TD": other_TD})]) is None
 
 
