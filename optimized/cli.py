@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands import COMMANDS, Result
+from .commands import COMMANDS, Result, check_writable
 from .environment import prepare_process
 
 GOOD, NOT_GOOD, BAD_INPUT = 0, 1, 2
@@ -34,14 +34,8 @@ def command(function: Callable[..., Result]) -> Callable[..., int]:
     def run(*, json_path: Path | None = None, **arguments: Any) -> int:
         if json_path is None:
             return GOOD if function(**arguments).good else NOT_GOOD
-        is_new = not json_path.exists()
-        _check_writable(json_path)
-        try:
-            result = function(**arguments)
-        except BaseException:
-            if is_new:
-                json_path.unlink(missing_ok=True)
-            raise
+        check_writable(json_path, "--json")
+        result = function(**arguments)
         _write_json(json_path, result.data)
         return GOOD if result.good else NOT_GOOD
 
@@ -50,15 +44,6 @@ def command(function: Callable[..., Result]) -> Callable[..., int]:
     run.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
-
-
-def _check_writable(path: Path) -> None:
-    """Before hours of work, not after them."""
-    if path.is_dir():
-        raise ValueError(f"--json is {path}, which is a directory")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab"):
-        pass
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ that the command line needs to know. Modules import torch inside `run`, so that 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 COMMANDS = ("tour", "parity", "bench", "kernels", "train", "sample", "model", "status", "lab")
@@ -16,3 +17,15 @@ class Result(NamedTuple):
 
     data: dict[str, Any]
     good: bool = True
+
+
+def check_writable(path: Path, option: str) -> None:
+    """That a file can be written there, found out before hours of work, not after them; makes its directory, leaves no file."""
+    if path.is_dir():
+        raise ValueError(f"{option} is {path}, which is a directory; name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("ab"):
+        pass
+    if is_new:
+        path.unlink()
