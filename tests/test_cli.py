@@ -296,3 +296,11 @@ def test_train_from_a_file_on_another_track(trained: Callable[..., int], tmp_pat
     data = read_json(tmp_path / "train.json")
     assert data["model_config"]["name"] == model.name
     assert data["train_config"]["lr"] == 0.001 and data["train_config"]["batch"] == 2
+
+
+def test_a_narrow_terminal_folds_text_and_cuts_no_number(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert cli.run(["parity", "--case", "drops", "--dtypes", "float64,bfloat16"]) == cli.GOOD
+    printed = capsys.readouterr().out
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= 60
+    assert printed.count("bfloat16") > 3 and "yardstick" in printed
