@@ -28,10 +28,11 @@ typedef struct { const elem *at; long stride; const int32_t *index; } TYPE(matri
 
 INLINE const elem *TYPE(row)(matrix m, long row) { return m.at + (m.index ? m.index[row] : row) * m.stride; }
 
-/* A panel, and how far one unit of it is from the next: packed ones lie close, and one that is used where it lies does not. */
-typedef struct { const elem *at; long stride; } TYPE(panel);
+/* A panel, and how far one unit of it is from the next: packed ones lie close, and one that is used where it lies does not.
+ * `next`: one that was packed long ago, and so must be fetched from memory, is followed by this one; NULL for all others. */
+typedef struct { const elem *at; long stride; const elem *next; } TYPE(panel);
 
-INLINE TYPE(panel) TYPE(whole)(const elem *packed) { return (TYPE(panel)){packed, WIDTH * PER_UNIT}; }
+INLINE TYPE(panel) TYPE(whole)(const elem *packed, const elem *next) { return (TYPE(panel)){packed, WIDTH * PER_UNIT, next}; }
 
 INLINE long TYPE(units)(long elements) { return (elements + PER_UNIT - 1) / PER_UNIT; }
 INLINE long TYPE(padded)(long elements) { return TYPE(units)(elements) * PER_UNIT; }
@@ -137,22 +138,22 @@ static void TYPE(some_rows)(
 
 /* c[rows][WIDTH] = A · panel over `count` units, for at most CHUNK rows; unit k of row i is at a[i] + k · step.
  * A part of the panel that stays in the cache serves all rows before the next part is read; and a long sum made of the sums of its
- * parts has a smaller rounding error than one that runs through. The tiles share the fetching of the next part, which follows in
- * memory, so that the machine multiplies while it reads; a tile without others fetches what it will need itself. */
+ * parts has a smaller rounding error than one that runs through. The tiles share the fetching of the part that follows, so that the
+ * machine multiplies while it reads; a tile without others fetches what it will need itself. */
 static void TYPE(product)(const elem *const *a, long step, long rows, TYPE(panel) panel, long count, float *c) {
-    const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, packed = panel.stride == WIDTH * PER_UNIT;
+    const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, slice = WIDTH * PER_UNIT / SLICES;
     const int each = tiles >= SLICES ? 1 : tiles > 1 ? 2 : 4;
     for (long k = 0; k < count || k == 0; k += DEPTH) {
         const long part = count - k < DEPTH ? count - k : DEPTH;
-        const elem *here = panel.at + k * panel.stride;
+        const elem *here = panel.at + k * panel.stride, *next = k + part < count ? here + part * panel.stride : panel.next;
         for (long r = 0, t = 0; t < tiles; t++) {
             const int take = (int)((rows - r + tiles - t - 1) / (tiles - t)); /* 7 rows are 4 + 3, not 6 + 1: short tiles waste loads */
-            const int slices = packed && t * each < SLICES ? each : 0;
+            const int slices = (tiles > 1 ? next && t * each < SLICES : panel.next != NULL) ? each : 0;
             const elem *from[TILE_ROWS];
             for (int i = 0; i < take; i++) from[i] = a[r + i] + k * step;
             TYPE(some_rows)(
                 take, slices, from, step, here, panel.stride, part, c + r * WIDTH, k > 0,
-                here + (tiles > 1 ? (SLICES + t * each) * part * (WIDTH * PER_UNIT / SLICES) : ALONE_AHEAD * WIDTH * PER_UNIT));
+                !slices ? NULL : tiles > 1 ? next + t * each * part * slice : here + ALONE_AHEAD * WIDTH * PER_UNIT);
             r += take;
         }
     }
