@@ -108,12 +108,11 @@ def test_the_limit_is_the_later_of_product_and_stream(mode: str, passes: int) ->
     assert "stream" in bound and seconds == pytest.approx([1e6 * touched_bytes / 2**27, 2e6 * touched_bytes / 2**27])
 
 
-def test_what_the_limit_times_has_the_flops_it_claims(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "BLOCK_ROWS", 7)
+def test_what_the_limit_times_has_the_flops_it_claims() -> None:
     for tokens in (3, 7, 8):  # one block that is not full, whole ones, and a rest
         given = tiny(tokens)
         with FlopCounterMode(display=False) as counter:
-            limits.candidates(given)[limits.PRODUCTS["torch.mm"]].step()
+            limits.candidates(given, 7)[limits.PRODUCTS["torch.mm"]].step()
         assert 3 * counter.get_total_flops() == 3 * limits.active_flops(given, MODES[0]) == limits.active_flops(given, MODES[1])
 
 

@@ -37,9 +37,12 @@ def _stream() -> Tensor:
     return torch.ones(STREAM_BYTES // 4)
 
 
-def candidates(problem: Problem) -> dict[str, Candidate]:
-    """The dense products of a forward by each library that is there, and the stream, to be timed with the others."""
-    up_MD, down_DF, rows = problem.up.detach()[0], problem.down.detach()[0], min(problem.rows, BLOCK_ROWS)
+def candidates(problem: Problem, most_rows: int = BLOCK_ROWS) -> dict[str, Candidate]:
+    """The dense products of a forward by each library that is there, and the stream, to be timed with the others.
+
+    most_rows   of a block; what a cache holds on a CPU, all where there is no such cache
+    """
+    up_MD, down_DF, rows = problem.up.detach()[0], problem.down.detach()[0], min(problem.rows, most_rows)
     x_ND, hidden_NF = (torch.randn(rows, width).to(up_MD.dtype) for width in (problem.shape.d_model, problem.shape.width))
     makers = {PRODUCTS["torch.mm"]: _plain, PRODUCTS["oneDNN"]: _packed}
     products = {name: make(x_ND, hidden_NF, up_MD, down_DF) for name, make in makers.items()}
