@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import REPOSITORY
+from static_sample import readings
 
 pytest.importorskip("triton")
 
+from optimized.commands.kernels import ROWS
 from optimized.kernels.blocks import ELEMENTWISE, HALF, IEEE, TF32, TF32_OF, Blocks
 from optimized.kernels.choices import ALTERNATIVES, REJECTED
 from optimized.static import sweep, verdicts
@@ -20,6 +23,7 @@ from optimized.static.sweep import DTYPE_NAMES, MODEL_NAMES, TARGET_NAMES, Plan
 from optimized.static.targets import TARGETS
 from optimized.static.work import uniform_load
 from reference import presets
+from reference.autograd.checkpoints import record_text
 
 TABLE = REPOSITORY / "docs" / "results" / "kernels-3.7.1.json"
 SASS = """
@@ -66,6 +70,15 @@ def test_without_matrix_instructions_the_loop_is_that_of_the_multiplications() -
     found, labels = instructions(SASS.replace("HMMA.16816.F32.BF16", "IADD3"), NVIDIA)
     assert len(arithmetic_loop(found, labels, NVIDIA)) == 5
     assert arithmetic_loop(["EXIT"], {}, NVIDIA) == []
+
+
+@pytest.mark.parametrize("number", [3, pytest.param(45, marks=pytest.mark.slow)])
+def test_the_figures_need_no_analysis_of_the_flow_of_data(number: int) -> None:
+    """The disassembler is asked not to make it, which saves about a third of its time."""
+    plan = Plan(targets=("sm80", "sm90", "sm100"), models=("OLMoE-1B-7B", "gpt-oss-20b"))
+    with sweep.compiling_processes(1) as pool:
+        found = pool.submit(readings, plan, number).result()
+    assert len(found) == number and [name for name, same in found if not same] == []
 
 
 def test_occupancy_of_known_kernels() -> None:
@@ -153,6 +166,22 @@ def test_a_uniform_load_counts_every_assignment() -> None:
     assert sum(load) == 300 and max(load) <= 100 and load == uniform_load(100, 8, 3)
 
 
+@pytest.mark.parametrize("change, code", [({}, 0), ({"spilled": 4}, 1), ({"registers": 145}, 1)], ids=["good", "spills", "registers"])
+def test_the_command_judges_and_writes_a_line_for_each_row(
+    change: dict[str, Any], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optimized.cli import run
+
+    data = {"triton": "3.7.1", "rows": [GOOD, {**GOOD, "role": "down", **change}], "layers": [], "seconds": 1.0}
+    monkeypatch.setattr(sweep, "run", lambda *_, **__: data)
+    before, written = tmp_path / "before.json", tmp_path / "written.json"
+    before.write_text(json.dumps({**data, "rows": [GOOD]}))
+    assert run(["kernels", "--json", str(written), "--against", str(before)]) == code
+    text = written.read_text()
+    assert json.loads(text) == {**data, "problems": json.loads(text)["problems"]}
+    assert [json.loads(line.rstrip(",")) for line in text.splitlines() if line.startswith('{"target"')] == data["rows"]
+
+
 @pytest.fixture(scope="module")
 def recorded() -> dict[str, Any]:
     return json.loads(TABLE.read_text(encoding="utf-8"))
@@ -160,6 +189,7 @@ def recorded() -> dict[str, Any]:
 
 def test_the_committed_table_has_no_problem(recorded: dict[str, Any]) -> None:
     assert verdicts.problems(recorded) == [] and recorded["problems"] == []
+    assert TABLE.read_text(encoding="utf-8") == record_text(recorded, ROWS), "it is not as the command writes it"
     worse = copy.deepcopy(recorded["rows"][:1])
     worse[0]["spilled"] = 1
     assert verdicts.broken_rows(worse)
