@@ -36,7 +36,7 @@ def command(function: Callable[..., Result]) -> Callable[..., int]:
             return GOOD if function(**arguments).good else NOT_GOOD
         check_writable(json_path, "--json")
         result = function(**arguments)
-        _write_json(json_path, result.data)
+        _write_json(json_path, result)
         return GOOD if result.good else NOT_GOOD
 
     option = inspect.Parameter("json_path", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=JsonOption)
@@ -46,12 +46,14 @@ def command(function: Callable[..., Result]) -> Callable[..., int]:
     return run
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    from reference.autograd.checkpoints import write_atomically
+def _write_json(path: Path, result: Result) -> None:
+    from reference.autograd.checkpoints import record_text, write_atomically
 
     from .comparison import plain
 
-    write_atomically(path, (json.dumps(plain(data), indent=1, allow_nan=False) + "\n").encode())
+    data = plain(result.data)
+    text = record_text(data, result.rows) if result.rows else json.dumps(data, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, text.encode())
 
 
 def application() -> typer.Typer:

@@ -13,10 +13,14 @@ COMMANDS = ("tour", "parity", "bench", "kernels", "train", "sample", "model", "s
 
 
 class Result(NamedTuple):
-    """What a command printed, as plain data for `--json`; good: False where it measured something that is not as it must be."""
+    """What a command printed, as plain data for `--json`; good: False where it measured something that is not as it must be.
+
+    rows: lists of the data with so many elements that the file holds each of them in one line; () spreads everything out.
+    """
 
     data: dict[str, Any]
     good: bool = True
+    rows: tuple[str, ...] = ()
 
 
 def check_writable(path: Path, option: str) -> None:
