@@ -206,6 +206,13 @@ MOVES: dict[str, tuple[str, str, int, dict[str, Any], Told]] = {
         {"pull": 4},
         lambda case: f"Sort: {len(case['token'])} rows, {case['integers']} integers. Einsum: {4 * case['capacity']} rows, ",
     ),
+    "crossings": (
+        "chapters/expert-parallelism/",
+        "topK",
+        2,
+        {"topK": 4},
+        lambda case: f"{case['dispatch'].sum():,} bytes over 2 ranks. A row for each assignment instead of each rank would make the dispatch {case['apart']:,}",
+    ),
 }
 STARTS = {
     "route": {"word": 2, "topK": 2, "factor": 1.0, "order": "choice_major"},
@@ -220,6 +227,7 @@ STARTS = {
     "scrubber": {"checkpoint": 7, "layer": 1, "run": 0},
     "gradients": {"word": 1, "topK": 2, "router": "sum", "dgate": [-1.0, 0.0]},
     "dispatch": {"step": 3, "view": "sort", "word": -1, "pull": 0, "factor": 1},
+    "crossings": {"ranks": 2, "topK": 2, "way": "dispatch", "dModel": 4, "itemsize": 4},
 }
 
 

@@ -297,6 +297,7 @@ FIGURES: dict[str, tuple[Callable[[], Json], Callable[[Json], list[Json]], Calla
     "scrubber": (measured.scrubber_data, measured.scrubber_states, measured.scrubber_case),
     "gradients": (passes.gradients_data, passes.gradients_states, passes.gradients_case),
     "dispatch": (passes.dispatch_data, passes.dispatch_states, passes.dispatch_case),
+    "crossings": (passes.crossings_data, passes.crossings_states, passes.crossings_case),
 }
 """Name → (data, states to compare, what Python computes for one of them)."""
 

@@ -1,4 +1,5 @@
-"""Figures about what passes through the layer, from Python's side: gradients back to the logits, rows to their experts and back."""
+"""Figures about what passes through the layer, from Python's side: gradients back to the logits, rows to their experts
+and back, tokens to other ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 from routings import ROUTERS, example_routing, routed, slots_per_expert
 
-from reference import example
+from reference import cost, example
 from reference.config import CapacityConfig, GatingConfig
 from reference.dispatch import combine_forward, dispatch_forward, one_hot_slots
 from reference.gating import gates_backward, gates_forward, top_k
@@ -71,4 +72,34 @@ def dispatch_states(data: Json) -> list[Json]:
     return [
         {"pull": pull, "factor": factor, "step": step, "view": view, "word": word}
         for pull, factor, (step, view, word) in itertools.product(range(-4, 5), (0, 1, 1.5, 2), drawn)
+    ]
+
+
+def crossings_data() -> Json:
+    """The running example as one layer whose tokens and experts lie on several ranks; gates travel in fp32."""
+    config = example.CONFIG
+    sizes = {"topK": config.gating.top_k, "factor": config.capacity.factor, "dModel": config.d_model}
+    return gradients_data() | sizes | {"gateBytes": np.dtype(np.float32).itemsize, "codeBytes": cost.CODE_BYTES}
+
+
+def crossings_case(state: Json, data: Json) -> Json:
+    """What `crossings.js` must compute for a state; apart: as if every assignment were a token of its own."""
+    logits_TE, ranks, top_k = np.array(data["logits"]), state["ranks"], state["topK"]
+    tokens, experts = logits_TE.shape
+    limit = CapacityConfig("per_assignment", factor=data["factor"])
+    routing = routed(logits_TE, GatingConfig(top_k=top_k, normalize="sum"), limit)
+    rank_T, owner_E = np.arange(tokens) * ranks // tokens, np.arange(experts) * ranks // experts
+    sizes = {"ranks": ranks, "itemsize": state["itemsize"], "gate_itemsize": data["gateBytes"]}
+    sent = cost.all_to_all_volume(routing.expert, routing.keep, rank_T, owner_E, state["dModel"], **sizes)
+    one_by_one = (array.reshape(-1, 1) for array in (routing.expert, routing.keep))
+    apart = cost.all_to_all_volume(*one_by_one, rank_T.repeat(top_k), owner_E, state["dModel"], **sizes)
+    return {"home": rank_T, "owner": owner_E, "kept": int(routing.keep.sum()), "apart": int(apart.dispatch.sum()), **sent._asdict()}
+
+
+def crossings_states(data: Json) -> list[Json]:
+    """Every number of ranks and of experts per token, each all-to-all, wide and narrow rows."""
+    ways = cost.AllToAll._fields
+    return [
+        {"ranks": ranks, "topK": top_k, "way": way, "dModel": width, "itemsize": itemsize}
+        for ranks, top_k, way, (width, itemsize) in itertools.product((1, 2, 4), (1, 2, 3, 4), ways, ((data["dModel"], 4), (7168, 1)))
     ]
