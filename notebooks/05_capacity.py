@@ -104,9 +104,8 @@ plots.bars([f"part {part}" for part in range(1, 9)], by_part, "share of assignme
 # %% [markdown]
 # All three drop the same number: how many is a matter of C, who is a matter of the queue. Token after token, the first quarter loses
 # nothing and the end pays. With all first choices first, the end pays too, and the beginning loses some *second* choices: they stand
-# behind the first choices of words that come later. The third order treats all
-# positions much alike and drops the least weight, but whether a word is served depends on words that come *after* it, which a model
-# that writes from left to right may not know.
+# behind the first choices of words that come later. The third order treats all positions much alike and drops the least weight, but
+# whether a word is served depends on words that come *after* it, which a model that writes from left to right may not know.
 #
 # ## 3 · The queue without loops (exercise)
 #
