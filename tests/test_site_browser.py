@@ -156,6 +156,13 @@ def test_link_checker_sees_what_is_broken(tmp_path):
 
 # Page, key of a control, how often ArrowRight (negative: ArrowLeft), what it changes, what the status must then say of Python's result.
 Told = Callable[[dict], str]
+
+
+def shown(value: float) -> str:
+    """A number as figures print it."""
+    return f"{value:.3f}".replace("-", "−")
+
+
 MOVES: dict[str, tuple[str, str, int, dict[str, Any], Told]] = {
     "route": ("", "topK", -1, {"topK": 1}, lambda case: f"goes to action with gate {case['gate'][2][0]:.3f}. Capacity {case['capacity']}"),
     "gates": ("chapters/gating/", "z0", -20, {"logits": [-1.0, -1.0, 1.6, 0.3]}, lambda case: f"{case['sigmoid']['gate'][0]:.3f}, "),
@@ -185,6 +192,27 @@ MOVES: dict[str, tuple[str, str, int, dict[str, Any], Told]] = {
         {"checkpoint": 4},
         lambda case: f"MaxVio {case['violation']:.2f}.",
     ),
+    "gradients": (
+        "chapters/gradients/",
+        "dg2",
+        -8,
+        {"dgate": [-1.0, -0.8]},
+        lambda case: f"thing {shown(case['dlogits'][1])}, action {shown(case['dlogits'][2])}, place 0.",
+    ),
+    "dispatch": (
+        "chapters/dispatch/",
+        "pull",
+        4,
+        {"pull": 4},
+        lambda case: f"Sort: {len(case['token'])} rows, {case['integers']} integers. Einsum: {4 * case['capacity']} rows, ",
+    ),
+    "crossings": (
+        "chapters/expert-parallelism/",
+        "topK",
+        2,
+        {"topK": 4},
+        lambda case: f"{case['dispatch'].sum():,} bytes over 2 ranks. A row for each assignment instead of each rank would make the dispatch {case['apart']:,}",
+    ),
 }
 STARTS = {
     "route": {"word": 2, "topK": 2, "factor": 1.0, "order": "choice_major"},
@@ -197,6 +225,9 @@ STARTS = {
     "granularity": {"logCut": 0, "shared": 0, "tokens": 1024},
     "lamp": {"logSize": -3.0, "logAtol": -2.0, "rtol": 0.02},
     "scrubber": {"checkpoint": 7, "layer": 1, "run": 0},
+    "gradients": {"word": 1, "topK": 2, "router": "sum", "dgate": [-1.0, 0.0]},
+    "dispatch": {"step": 3, "view": "sort", "word": -1, "pull": 0, "factor": 1},
+    "crossings": {"ranks": 2, "topK": 2, "way": "dispatch", "dModel": 4, "itemsize": 4},
 }
 
 
@@ -221,6 +252,44 @@ def test_figure_under_the_keyboard_shows_what_python_computes(site, browser, nam
         page.click(f"#figure-{name} .moe-reset")
         page.wait_for_timeout(SETTLED)
         assert page.evaluate("location.hash") == "" and not visit.troubles
+
+
+def test_single_gate_teaches_nothing_until_it_is_no_longer_divided(site, browser):
+    """The puzzle of the chapter on gradients, with the keys of a reader."""
+    state = STARTS["gradients"] | {"topK": 1}
+    make_data, _, case = figures.FIGURES["gradients"]
+    with Visit(browser, site[0], viewport={"width": 390, "height": 900}) as visit:
+        page = visit.open("chapters/gradients/")
+        page.focus("#figure-gradients-topK")
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_timeout(SETTLED)
+        assert not case(state, make_data())["dlogits"].any()
+        assert "Every logit gets 0: the only gate is 1" in page.inner_text("#figure-gradients .moe-status")
+        page.focus("#figure-gradients-router")
+        page.keyboard.press("ArrowUp")  # from "÷ sum" to the plain softmax
+        page.wait_for_timeout(SETTLED)
+        learned = case(state | {"router": "plain"}, make_data())["dlogits"]
+        told = ", ".join(f"{name} {shown(value)}" for name, value in zip(make_data()["experts"], learned, strict=True))
+        assert learned.all() and told in page.inner_text("#figure-gradients .moe-status")
+
+
+def test_rows_are_followed_to_their_experts_and_back(site, browser):
+    """The steps of the chapter on dispatch, with an expert that nobody wants."""
+    make_data, _, case = figures.FIGURES["dispatch"]
+    with Visit(browser, site[0], viewport={"width": 390, "height": 900}, has_touch=True) as visit:
+        page = visit.open("chapters/dispatch/#figure-dispatch?pull=-4&factor=0&word=2")
+        found = case({"pull": -4, "factor": 0}, make_data())
+        assert found["bounds"][0] == found["bounds"][1] and "grammar: no rows" in page.text_content("#figure-dispatch svg")
+        own = [f"row {n} with gate {found['gate'][n]:.3f}" for n, token in enumerate(found["token"]) if token == 2]
+        assert f"“sat” is {' and '.join(own)}." in page.inner_text("#figure-dispatch .moe-status")
+        page.select_option("#figure-dispatch-view", "einsum")
+        assert page.locator("#figure-dispatch rect.moe-blank").count() == found["padding"] >= found["capacity"]
+        page.focus("#figure-dispatch-step")
+        for told in ("Every expert multiplies", "slots for each expert", "token by token"):
+            page.keyboard.press("ArrowLeft")
+            page.wait_for_timeout(SETTLED)
+            assert told in page.inner_text("#figure-dispatch .moe-status")
+        assert page.locator("#figure-dispatch rect").count() == len(found["token"]) and not visit.troubles
 
 
 def test_address_restores_a_figure(site, browser):

@@ -22,6 +22,33 @@ export const bySum = (chosen) => {
   return chosen.map((s) => s / total);
 };
 
+const dot = (a, b) => sum(a.map((v, i) => v * b[i]));
+
+const softmaxBackward = (dout, out) => {
+  const mean = dot(dout, out);
+  return out.map((s, e) => s * (dout[e] - mean));
+};
+
+/** Score functions: logits → scores, and (dscores, scores) → dlogits. */
+export const SCORES = {
+  softmax: { forward: softmax, backward: softmaxBackward },
+  sigmoid: { forward: sigmoid, backward: (dscores, scores) => scores.map((s, e) => dscores[e] * s * (1 - s)) },
+  identity: { forward: (row) => row, backward: (dscores) => dscores },
+};
+
+/** Normalizers: chosen scores → gates, and (dgate, gate, chosen scores) → dchosen. */
+export const NORMALIZERS = {
+  none: { forward: (chosen) => chosen, backward: (dgate) => dgate },
+  sum: {
+    forward: bySum,
+    backward: (dgate, gate, chosen) => {
+      const [mean, total] = [dot(dgate, gate), sum(chosen)];
+      return dgate.map((d) => (d - mean) / total);
+    },
+  },
+  softmax: { forward: softmax, backward: softmaxBackward },
+};
+
 export const capacityPerAssignment = (factor, topK, tokens, experts) => Math.ceil((factor * topK * tokens) / experts - 1e-9);
 
 /** Assignments [token, slot] in the order in which they are served. */
@@ -46,6 +73,23 @@ export const countLoad = (expert, experts) => {
   return load;
 };
 
+/** Softmax, top-K, gates by sum, and who finds room; without a factor there is as much as the busiest expert needs. */
+export const route = (logits, count, factor, order = "choice_major") => {
+  const [T, E] = [logits.length, logits[0].length];
+  const scores = logits.map(softmax);
+  const expert = scores.map((row) => topK(row, count));
+  const load = countLoad(expert, E);
+  const capacity = factor ? capacityPerAssignment(factor, count, T, E) : Math.max(...load);
+  const served = serve(expert, E, capacity, order);
+  const keep = expert.map((row) => row.map(() => false));
+  for (const one of served) keep[one.token][one.slot] = one.keep;
+  const gate = scores.map((row, t) => bySum(expert[t].map((e) => row[e])).map((g, k) => (keep[t][k] ? g : 0)));
+  return { scores, expert, gate, keep, load, capacity, served };
+};
+
+/** Every assignment in token order. */
+export const assignments = (expert) => expert.flatMap((row, token) => row.map((e, slot) => ({ token, slot, expert: e })));
+
 export const mean = (rows) => rows[0].map((_, e) => sum(rows.map((row) => row[e])) / rows.length);
 
 export const maxViolation = (load) => {
@@ -53,6 +97,7 @@ export const maxViolation = (load) => {
   return average > 0 ? Math.max(...load) / average - 1 : 0;
 };
 
-export const fixed = (value, digits = 2) => (Object.is(value, -0) ? 0 : value).toFixed(digits).replace("-", "−");
+/** As a page prints it; what is rounded to 0 has no sign. */
+export const fixed = (value, digits = 2) => value.toFixed(digits).replace(/^-(?=[0.]*$)/, "").replace("-", "−");
 
 export const escapeHtml = (text) => String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);

@@ -14,8 +14,10 @@ from typing import Any
 
 import measured
 import numpy as np
+import passes
+from routings import ROUTERS, example_routing, routed, slots_per_expert
 
-from reference import balancing, capacity, cost, example, moe_forward, parameter_shapes, presets, route, update_bias
+from reference import balancing, capacity, cost, example, moe_forward, presets, update_bias
 from reference.config import BalanceConfig, CapacityConfig, ExpertsConfig, GatingConfig, MoEConfig, ScoresConfig
 from reference.proof import equal
 from reference.proof import museum_losses as museum
@@ -25,30 +27,9 @@ Json = dict[str, Any]
 QUEUES = ("choice_major", "token_major")
 
 
-def example_routing() -> Any:
-    """The routing of the running example in training."""
-    return moe_forward(example.inputs(), example.params(), example.CONFIG, training=True)[0].routing
-
-
 def route_data() -> Json:
     """Words, experts and logits of the running example; one decimal is all that they have."""
     return {"words": example.WORDS, "experts": example.EXPERTS, "logits": example_routing().logits.round(1).tolist()}
-
-
-def routed(logits_TE: np.ndarray, gating: GatingConfig, capacity: CapacityConfig | None = None, **choice: Any) -> Any:
-    """The routing that these logits lead to in training: a layer whose router is the identity. choice: its function and its bias."""
-    experts = logits_TE.shape[1]
-    config = MoEConfig(
-        experts, ScoresConfig(choice.get("function", "softmax")), gating, capacity or CapacityConfig(), ExpertsConfig(experts, 1)
-    )
-    bias = {"router.correction_bias": choice["bias"]} if "bias" in choice else {}
-    blank = {name: np.zeros(shape) for name, shape in parameter_shapes(config).items()}
-    return route(logits_TE, blank | {"router.weight": np.eye(experts)} | bias, config, training=True)
-
-
-def slots_per_expert(state: Json, top_k: int, tokens: int, experts: int) -> int:
-    """The capacity of a state, ⌈factor · K · S / E⌉."""
-    return capacity.per_assignment(state["factor"], top_k, tokens, experts)
 
 
 def route_case(state: Json, data: Json) -> Json:
@@ -70,14 +51,6 @@ def route_states(data: Json) -> list[Json]:
         {"word": 0, "topK": top_k, "factor": factor, "order": order, "logits": logits}
         for top_k, factor, order, logits in itertools.product((1, 2, 3, 4), (0.25, 1.0, 1.75), QUEUES, (plain, tied))
     ]
-
-
-ROUTERS = {
-    "plain": ("softmax", "none"),
-    "sum": ("softmax", "sum"),
-    "softmax": ("identity", "softmax"),
-    "sigmoid": ("sigmoid", "sum"),
-}
 
 
 def gates_data() -> Json:
@@ -322,6 +295,9 @@ FIGURES: dict[str, tuple[Callable[[], Json], Callable[[Json], list[Json]], Calla
     "granularity": (granularity_data, granularity_states, granularity_case),
     "lamp": (lamp_data, lamp_states, lamp_case),
     "scrubber": (measured.scrubber_data, measured.scrubber_states, measured.scrubber_case),
+    "gradients": (passes.gradients_data, passes.gradients_states, passes.gradients_case),
+    "dispatch": (passes.dispatch_data, passes.dispatch_states, passes.dispatch_case),
+    "crossings": (passes.crossings_data, passes.crossings_states, passes.crossings_case),
 }
 """Name → (data, states to compare, what Python computes for one of them)."""
 

@@ -30,6 +30,7 @@ for (const [name, { data, cases }] of Object.entries(JSON.parse(fs.readFileSync(
     for (const { state } of cases) {
       const drawn = html(name, figure, data, { ...figure.defaults(data), ...state });
       assert.ok(!/NaN|undefined|Infinity/.test(drawn), drawn.match(/.{40}(NaN|undefined|Infinity).{40}/)?.[0]);
+      assert.ok(!/−0(\.0+)?(?![.\d])/.test(drawn), drawn.match(/.{40}−0(\.0+)?(?![.\d])/)?.[0]);
     }
   });
 

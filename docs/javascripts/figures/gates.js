@@ -1,18 +1,18 @@
 // Gate lab: four routers on the same logits, side by side.
-import { bySum, escapeHtml, fixed, range, sigmoid, softmax, sum, topK } from "../core.js";
+import { NORMALIZERS, SCORES, escapeHtml, fixed, range, sum, topK } from "../core.js";
 
 export const ROUTERS = {
-  plain: { label: "softmax, top-K", papers: "Switch, DeepSeekMoE, OLMoE", score: softmax, gate: (chosen) => chosen },
-  sum: { label: "softmax, top-K, ÷ sum", papers: "GShard, Qwen3", score: softmax, gate: bySum },
-  softmax: { label: "top-K, softmax", papers: "Shazeer 2017, Mixtral", score: (row) => row, gate: softmax },
-  sigmoid: { label: "sigmoid, top-K, ÷ sum", papers: "DeepSeek-V3", score: sigmoid, gate: bySum },
+  plain: { label: "softmax, top-K", papers: "Switch, DeepSeekMoE, OLMoE", score: "softmax", normalize: "none" },
+  sum: { label: "softmax, top-K, ÷ sum", papers: "GShard, Qwen3", score: "softmax", normalize: "sum" },
+  softmax: { label: "top-K, softmax", papers: "Shazeer 2017, Mixtral", score: "identity", normalize: "softmax" },
+  sigmoid: { label: "sigmoid, top-K, ÷ sum", papers: "DeepSeek-V3", score: "sigmoid", normalize: "sum" },
 };
 
 export function compute({ logits, topK: count }) {
   return Object.fromEntries(Object.entries(ROUTERS).map(([name, router]) => {
-    const scores = router.score(logits);
+    const scores = SCORES[router.score].forward(logits);
     const expert = topK(scores, count);
-    const gate = router.gate(expert.map((e) => scores[e]));
+    const gate = NORMALIZERS[router.normalize].forward(expert.map((e) => scores[e]));
     const full = range(logits.length).map((e) => (expert.includes(e) ? gate[expert.indexOf(e)] : 0));
     return [name, { expert, gate, full, total: sum(gate) }];
   }));

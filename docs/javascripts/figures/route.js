@@ -1,20 +1,10 @@
 // Route eight tokens: the running example with its logits in the reader's hand.
-import { bySum, capacityPerAssignment, countLoad, escapeHtml, fixed, range, serve, softmax, topK } from "../core.js";
+import { escapeHtml, fixed, range, route } from "../core.js";
 
 const replaceAt = (row, index, value) => row.map((old, i) => (i === index ? value : old));
 
-export function compute({ logits, topK: count, factor, order }, { experts }) {
-  const E = experts.length;
-  const T = logits.length / E;
-  const scores = range(T).map((t) => softmax(logits.slice(t * E, t * E + E)));
-  const expert = scores.map((row) => topK(row, count));
-  const capacity = capacityPerAssignment(factor, count, T, E);
-  const served = serve(expert, E, capacity, order);
-  const keep = expert.map((row) => row.map(() => false));
-  for (const { token, slot, keep: kept } of served) keep[token][slot] = kept;
-  const gate = scores.map((row, t) => bySum(expert[t].map((e) => row[e])).map((g, k) => (keep[t][k] ? g : 0)));
-  return { scores, expert, gate, keep, load: countLoad(expert, E), capacity, served };
-}
+export const compute = ({ logits, topK: count, factor, order }, { words, experts }) =>
+  route(words.map((_, t) => logits.slice(t * experts.length, (t + 1) * experts.length)), count, factor, order);
 
 const ROW = 30;
 const X = { word: 78, expert: 230, slot: 236 };
