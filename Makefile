@@ -66,8 +66,8 @@ kernels: $(INSTALLED)  ## compile every kernel without a GPU and write the table
 kernel-faults: $(INSTALLED)  ## plant every fault in the kernels again and write what catches it
 	OMP_NUM_THREADS=1 $(PY) tests/faults/report.py
 
-second-triton:  ## the kernels on Triton 3.9 (a second engine, its interpreter) and compiled by 3.9 and 3.6
-	PYTHON=$(PYTHON) .ci/second-triton
+second-triton:  ## the kernels on Triton 3.9 (a second engine, its interpreter) and compiled by 3.9 and 3.6 (ARGS=tables: write what these record)
+	PYTHON=$(PYTHON) .ci/second-triton $(ARGS)
 
 gpu-check:  ## everything that only a GPU can tell, with the Python that is there
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m optimized.gpu_check $(ARGS)

@@ -4,6 +4,10 @@
 # A Mixture-of-Experts layer sends each token to a few of its experts. Here you route the eight words of one sentence through four
 # experts and can follow every number with a pencil. Two ideas are new: **the router's choice** and **capacity**.
 #
+# A *token* is a vector that stands for a piece of text, here for a word. An *expert* is a small network that makes another vector of it:
+# two matrices, and between them what is negative becomes 0. With T tokens, E experts and K choices for each token, we have T = 8, E = 4
+# and K = 2 here.
+#
 # Before each result, write down what you expect, and only then run the cell.
 #
 # The example: {{reference/example.py}} · next to read: {{docs/chapters/capacity.md}}
@@ -60,8 +64,8 @@ for word, (first, second) in zip(example.WORDS, expert_TK, strict=True):
 # %% [markdown]
 # ## 3 · The gates
 #
-# A **gate** says how much a chosen expert counts. Softmax turns the logits into scores, and the two chosen scores are divided by their sum
-# ({{reference.gating.gates_forward}}).
+# A **gate** says how much a chosen expert counts. Softmax turns the logits into scores: e^logit, divided by the sum of all four e^logit.
+# Then the two chosen scores are divided by their sum ({{reference.gating.gates_forward}}).
 #
 # **Predict.** “sat” and “mat” have different logits and different experts, and yet the same two gates. What must you compare in the table
 # to see why?
@@ -93,8 +97,8 @@ plots.load(load_E, capacity, example.EXPERTS)
 # %% [markdown]
 # ## 5 · Who is dropped? (exercise)
 #
-# The rule of GShard: **all first choices** are served in the order of the sentence, then all second choices. An expert that is full
-# refuses.
+# The rule of GShard, a translation model of 2020 ({{docs/architectures/gshard.md}}): **all first choices** are served in the order of the
+# sentence, then all second choices. An expert that is full refuses.
 #
 # **Predict.** Five words ask for “grammar”. Which one is refused?
 #
@@ -139,9 +143,9 @@ for token, slot in np.argwhere(~keep_TK):
 # %% [markdown]
 # ## 6 · Dispatch, experts, combine
 #
-# The kept assignments are sorted by expert ({{reference.dispatch.dispatch_forward}}), each expert works on its rows in one go, and a
-# token's output is
-# the sum of its experts' outputs, weighted by the gates ({{reference.dispatch.combine_forward}}).
+# The kept assignments are sorted by expert ({{reference.dispatch.dispatch_forward}}): each becomes a *row*, a copy of its token. Each
+# expert works on its rows in one go, and a token's output is the sum of its experts' outputs, weighted by the gates
+# ({{reference.dispatch.combine_forward}}).
 #
 # **Predict.** How many rows are there? Which words does “grammar” get, and in what order?
 
@@ -153,9 +157,8 @@ for expert, name in enumerate(example.EXPERTS):
     print(f"{name:>8}: " + ", ".join(example.WORDS[token] for token in own))
 
 # %% [markdown]
-# **Predict.** “sat” lost its second expert. Its first gate was computed before the drop: does its output become larger or smaller than it
-# would
-# be if nobody had been dropped, or does the first expert's part stay as it was?
+# **Predict.** “sat” lost its second expert. Its first gate was computed before the drop: does the first expert's part of the output grow
+# to make up for it, shrink, or stay as it was?
 
 # %%
 out_ND, _ = experts_forward(rows_ND, dispatch.bounds_P, params, config.experts)
@@ -164,9 +167,10 @@ print("sat, its second expert dropped:", y_TD[2].round(3))
 print("gate of its first expert:", gate_TK[2, 0].round(3), "· that expert's output:", out_ND[dispatch.token_N == 2][0].round(3))
 
 # %% [markdown]
-# The first expert's part stays as it was, and the second one's is missing: the token gets less than a whole update. (DeepSpeed gives the
-# survivor the
-# whole weight instead.) What a dropped token keeps is itself: around the layer runs a residual connection.
+# The first expert's part stays as it was, and the second one's is missing: the gates that count no longer sum to 1. (Some implementations
+# divide after the drop instead, and the survivor gets the whole weight: {{docs/architectures/deepspeed_moe.md}}.) A word whose choices were
+# all dropped would get 0 from this layer, and would not be lost: a Transformer *adds* the layer's output to its input, x + y, which is
+# called a residual connection.
 #
 # ## 7 · The whole layer is one call
 #

@@ -28,6 +28,8 @@ print("sat:", dict(zip(example.EXPERTS, logits_TE[SAT].round(1).tolist(), strict
 # %% [markdown]
 # ## 1 · Softmax first, or top-k first?
 #
+# In brackets stand published models that do so; later notebooks and the chapters have more about each.
+#
 # - **A** softmax over all experts, take the two best, leave them as they are (DeepSeekMoE, OLMoE)
 # - **B** softmax over all experts, take the two best, divide by their sum (GShard, Qwen3)
 # - **C** take the two best logits, softmax over these two (Shazeer 2017, Mixtral, gpt-oss)
@@ -77,8 +79,8 @@ for token in np.argsort(-total_T, kind="stable"):
 # %% [markdown]
 # Under A an undecided router gives its experts less weight; B and C throw this away.
 #
-# **Predict.** Now add a fourth router: **D** sigmoid of each logit, take the two best, divide by their sum (DeepSeek-V3). Will its two
-# gates for “sat” be closer together than those of B, or further apart?
+# **Predict.** Now add a fourth router: **D** sigmoid of each logit, σ(z) = 1 / (1 + e^−z), take the two best, divide by their sum
+# (DeepSeek-V3). Will its two gates for “sat” be closer together than those of B, or further apart?
 
 # %%
 sigmoid_TE, _ = sigmoid_forward(logits_TE)
@@ -112,7 +114,8 @@ plots.curves(shift, first, "added to all logits", "gate", "the first gate of “
 #
 # ## 3 · Choose by one number, weigh by another
 #
-# DeepSeek-V3 keeps its experts evenly loaded with a **correction bias**: added to the scores for the choice, and seen by no gate.
+# DeepSeek-V3 keeps its experts evenly loaded with a **correction bias**, a number for each expert: added to the scores for the choice, and
+# seen by no gate.
 #
 # **Predict.** “sat” prefers action and grammar. Give “place” a bias of 0.2: who is chosen now, and is the gate of “place” larger than
 # that of “action”?
@@ -173,7 +176,9 @@ print("caught: ", bug.symptom())
 # %% [markdown]
 # ## 6 · Who uses what
 #
-# Each published router is a setting of the same few fields ({{reference.config.GatingConfig}}).
+# Each published router is a setting of the same few fields ({{reference.config.GatingConfig}}). The first word of a line is the function
+# that makes scores of logits; `identity` makes none, and the logits themselves are compared, as in C. Then comes what `normalize` does
+# with the chosen ones: `none` leaves them, `sum` divides them by their sum, `softmax` is C again.
 #
 # **Predict.** Which of these divide by the sum, and which multiply a scale on afterwards?
 

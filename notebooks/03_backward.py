@@ -207,3 +207,5 @@ print("within 1e-8 of the differences:", bool(distance < 1e-8))
 # {{tests/test_gradients.py}} does what you did for every setting, parameter and loss of the reference.
 #
 # Try: a cotangent that is the same for both gates of each token. Why is the gradient 0?
+#
+# **Next:** [04 · watch a router collapse, then rescue it](04_collapse_and_rescue.ipynb)

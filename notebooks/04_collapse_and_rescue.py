@@ -86,8 +86,8 @@ print("load at the end:", loads[-1].tolist(), "· experts without a token:", dea
 plots.shares(loads, "who gets the tokens, without a balance loss")
 
 # %% [markdown]
-# Strong blue is a large share of the load. A few experts share everything from the first step to the last; the empty rows are
-# parameters that are stored and never used.
+# Strong blue is a large share of the load. One expert that had no tokens has come by some, as the router's rows moved; a few experts share
+# nearly everything all the same, and the empty rows are parameters that are stored and never used.
 #
 # ## 3 · The balance loss (exercise)
 #
@@ -164,8 +164,9 @@ for weight in (0.0, 0.1, 1.0, 10.0):
     print(f"weight {weight:4}:  " + "   ".join(f"MaxVio {vio:.1f}, {dead} unused, error {error:.2f}" for vio, dead, error in ends))
 
 # %% [markdown]
-# Too little does nothing. For two of the starts weight 1 is best and 10 makes the error larger again, for then the router listens to the
-# loss instead of the tokens; the remaining start needs 10. A weight is weighed against the gradient of *this* task, so these numbers
+# Too little evens little: 0.1 brings some experts in for two of the starts, and changes nothing for the first one. With 1 these two have an
+# even load and errors as small as any, and 10 makes them larger again, for then the router listens to the loss instead of the tokens;
+# the first start needs 10. A weight is weighed against the gradient of *this* task, so these numbers
 # carry over to no other: the papers use 0.02 and less.
 #
 # ## 6 · Too late

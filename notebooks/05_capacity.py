@@ -102,9 +102,10 @@ for order in orders:
 plots.bars([f"part {part}" for part in range(1, 9)], by_part, "share of assignments dropped, by part of the sequence", "dropped")
 
 # %% [markdown]
-# All three drop the same number: how many is a matter of C, who is a matter of the queue. The first two let the end of the sequence pay.
-# The third one is fair to all positions and drops the least weight, but whether a word is served depends on words that come *after*
-# it, which a model that writes from left to right may not know.
+# All three drop the same number: how many is a matter of C, who is a matter of the queue. Token after token, the first quarter loses
+# nothing and the end pays. With all first choices first, the end pays too, and the beginning loses some *second* choices: they stand
+# behind the first choices of words that come later. The third order treats all positions much alike and drops the least weight, but
+# whether a word is served depends on words that come *after* it, which a model that writes from left to right may not know.
 #
 # ## 3 · The queue without loops (exercise)
 #
@@ -168,7 +169,7 @@ print("assignments of words that are dropped:", {name: int((~keep_TK).sum()) for
 print("masked padding changes nothing for any word:", bool(np.array_equal(alone_TK, masked_TK[64:])))
 
 # %% [markdown]
-# This has shipped, more than once.
+# This has shipped, more than once. (“near:” stands before a paper whose text invites the mistake, where no report of it was found.)
 #
 # **Predict.** What is the smallest example on which the museum's check can tell the two apart?
 

@@ -2,7 +2,8 @@
 # %% [markdown]
 # # 07 · A tiny MoE language model: train, look inside, generate
 #
-# Everything so far was one layer. Here are four of them in a Transformer that reads real text byte by byte. You train a small one, then
+# Everything so far was one layer. Here are several in a Transformer that reads real text byte by byte: *attention* lets a byte see those
+# before it, then a feed-forward or MoE layer works on each byte alone, and so on, layer after layer. You train a small one, then
 # open one that was trained for longer and ask what its experts have become experts *in*. Two ideas are new: **bits per byte**, and
 # **specialization measured against chance**.
 #
@@ -223,6 +224,9 @@ for name, pair_TT in pairs.items():
 
 # %% [markdown]
 # ## 7 · Generate
+#
+# The model says how likely each next byte is, one is drawn, and so on. `temperature` below 1 makes likely bytes likelier still, and `top_p`
+# leaves out the unlikeliest.
 #
 # **Predict.** What will the committed model get right: spelling, indentation, brackets, sums?
 

@@ -142,10 +142,11 @@ hasty_TD = np.zeros_like(x_TD)
 hasty_TD[where.token_N] += weighted_ND
 wrong_T = ~np.isclose(hasty_TD, sorted_TD, rtol=0, atol=1e-14).all(1)
 print("wrong tokens:", np.flatnonzero(wrong_T).tolist(), "· kept choices of the others:", keep_TK.sum(1)[~wrong_T].tolist())
-print("the museum has it:", bugs.get("last slot wins").mistake)
+print("a neighbour in the museum, with gates instead of rows:", bugs.get("last slot wins").mistake)
 
 # %% [markdown]
-# Only tokens with a single row come out right: NumPy reads, adds and writes once for each distinct index.
+# Only tokens with a single row come out right: NumPy reads, adds and writes once for each distinct index. `np.add.at` adds them all. The
+# museum's mistake is of the same kind: where both choices of a token are one expert, its two gates are written to one place.
 #
 # The other way: invert the permutation. `row_TK[t, k]` says in which row choice k of token t was computed. Then each token **gathers**
 # its K rows and adds them in a fixed order: no two writers, no atomics, the same bits every time.

@@ -9,7 +9,7 @@
 #
 # Before each result, write down what you expect, and only then run the cell.
 #
-# Read along: {{docs/chapters/dispatch.md}} · the project's own kernels: {{optimized/kernels/products.py}} · before this:
+# Read along: {{docs/chapters/ladder.md}} · the project's own kernels: {{optimized/kernels/products.py}} · before this:
 # [08](08_dispatch.ipynb)
 
 # %%
@@ -37,8 +37,10 @@ print("rows of each expert:", np.diff(where.bounds_P).tolist())
 # %% [markdown]
 # ## 1 · Programs, blocks, masks
 #
-# Every program runs the same lines. What differs is `tl.program_id(0)`, from which it computes *which* elements are its own. A block has
-# a power of two of lanes, whether or not there is something for each of them; a **mask** switches off the others.
+# `@triton.jit` makes a kernel of a function. A launch says in square brackets as how many *programs*, and every program runs the same
+# lines. What differs is `tl.program_id(0)`, from which it computes *which* elements are its own: a block of them, one for each *lane*. A
+# block has a power of two of lanes (`tl.constexpr`: known before the kernel is compiled), whether or not there is something for each; a
+# **mask** switches off the others. An array arrives as the address of its first element, and `tl.load` and `tl.store` take address + index.
 #
 # **Predict.** 10 numbers, blocks of 4: how many programs are launched? Which lanes of the last one are masked?
 

@@ -1,35 +1,37 @@
 """The exercises' checkers: `check("keep", keep)` runs a learner's function beside the reference and says what is wrong with it.
 
-An answer that agrees with one of the usual mistakes everywhere is told which mistake it is; any other wrong one is shown the first rows
-that differ; and every wrong one is drawn beside the reference. Integers must be equal, floats as equal as `reference.proof.equal` asks of
-float32: an answer may sum in its own order.
+Every wrong answer is told where it differs, by which relation if one explains it on all inputs (`differs`), and which section of which
+chapter has the idea; one that agrees with a usual mistake everywhere is told which mistake it is; and it is drawn beside the reference.
+Integers must be equal, floats as equal as `reference.proof.equal` asks of float32: an answer may sum in its own order.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from reference.config import require
-from reference.proof.equal import compare, round_to
+from reference.proof.equal import Report, Tolerance, compare, rms, round_to
 
-from . import exercises
+from . import differs, exercises
+from .differs import Pair
 from .exercises import Case, Exercise, Mistake
 
 PRECISION = "float32"
-ROWS_SHOWN = 3
 
 Arrays = tuple[np.ndarray, ...]
 
 
 class Difference(NamedTuple):
-    """One output that is wrong, ready to be drawn."""
+    """One output that is wrong, ready to be drawn; axes: the names of its axes."""
 
     name: str
-    yours: np.ndarray
-    reference: np.ndarray
+    axes: tuple[str, ...]
+    pair: Pair
 
 
 class Finding(NamedTuple):
@@ -38,6 +40,14 @@ class Finding(NamedTuple):
     passed: bool
     message: str
     difference: Difference | None = None
+
+
+class Answer(NamedTuple):
+    """What was returned on one case, what is right, and the right thing computed plainly."""
+
+    found: Arrays
+    wanted: Arrays
+    eager: Arrays
 
 
 class Failure(NamedTuple):
@@ -51,46 +61,13 @@ def _arrays(returned: Any) -> Arrays:
     return tuple(np.asarray(array) for array in (returned if isinstance(returned, tuple) else (returned,)))
 
 
-def _failure(exercise: Exercise, found: Arrays, wanted: Arrays, eager: Arrays) -> Failure | None:
-    if len(found) != len(wanted):
-        return Failure([f"returns {len(found)} array(s); wanted: {', '.join(exercise.outputs)}"])
-    lines, differences = [], []
-    for name, array, truth, plain in zip(exercise.outputs, found, wanted, eager, strict=True):
-        if array.dtype.kind not in "biuf":
-            return Failure([f"{name} holds {array.dtype}, not numbers"])
-        if _same_nans(array, truth):
-            array, truth, plain = (np.where(np.isnan(truth), 0, values) for values in (array, truth, plain))
-        report = compare(name, array, truth, plain, PRECISION)
-        if not report.passed:
-            lines += [*report.failures, *_rows(array, truth)]
-            differences += [Difference(name, array, truth)] if array.shape == truth.shape else []
-    return Failure(lines, differences[0] if differences else None) if lines else None
-
-
-def _same_nans(found: np.ndarray, truth: np.ndarray) -> bool:
-    """Whether both are NaN at the same places and anywhere: a mistake may be, the reference never is."""
-    if found.shape != truth.shape or found.dtype.kind != "f" or truth.dtype.kind != "f":
-        return False
-    return bool(np.isnan(truth).any() and np.array_equal(np.isnan(found), np.isnan(truth)))
-
-
-def _rows(found: np.ndarray, truth: np.ndarray) -> list[str]:
-    """The first rows that differ, one under the other."""
-    if found.shape != truth.shape or truth.ndim != 2:
-        return []
-    with np.printoptions(precision=4, suppress=True):
-        wrong = [row for row in range(len(truth)) if not np.allclose(found[row], truth[row], rtol=1e-6, atol=1e-9, equal_nan=True)]
-        lines = [f"  row {row}: yours {found[row]}   reference {truth[row]}" for row in wrong[:ROWS_SHOWN]]
-    return lines + ([f"  … {len(wrong)} of {len(truth)} rows differ"] if len(wrong) > ROWS_SHOWN else [])
-
-
 def _is_unwritten(error: BaseException | None) -> bool:
     """Whether the stub raised it, or something that ran the stub, as Triton's interpreter runs a kernel."""
     return error is not None and (isinstance(error, NotImplementedError) or _is_unwritten(error.__cause__))
 
 
-def _run(exercise: Exercise, function: Callable, case: Case) -> Failure | None:
-    """What is wrong with the function on one case. Raises NotImplementedError where it is the stub."""
+def _answer(exercise: Exercise, function: Callable, case: Case) -> Answer | Failure:
+    """What the function returns on one case, or why that is no answer at all. Raises NotImplementedError where it is the stub."""
     given = tuple(argument.copy() if isinstance(argument, np.ndarray) else argument for argument in case.arguments)
     try:
         found = _arrays(function(*given))
@@ -102,9 +79,74 @@ def _run(exercise: Exercise, function: Callable, case: Case) -> Failure | None:
         return Failure(["returns None: is there a `return`?"])
     if any(isinstance(a, np.ndarray) and not np.array_equal(a, b) for a, b in zip(given, case.arguments, strict=True)):
         return Failure(["changes one of its arguments; work on a copy"])
+    if len(found) != len(exercise.outputs):
+        return Failure([f"returns {len(found)} array(s); wanted: {', '.join(exercise.outputs)}"])
+    for name, array in zip(exercise.outputs, found, strict=True):
+        if array.dtype.kind not in "biuf":
+            return Failure([f"{name} holds {array.dtype}, not numbers"])
     wanted = _arrays(exercise.truth(*case.arguments))
     eager = tuple(round_to(truth, PRECISION) for truth in wanted) if exercise.eager is None else _arrays(exercise.eager(*case.arguments))
-    return _failure(exercise, found, wanted, eager)
+    return Answer(found, wanted, eager)
+
+
+def _compared(name: str, found: np.ndarray, truth: np.ndarray, eager: np.ndarray) -> Report:
+    """The policy's verdict; where both are NaN they agree: a mistake may be, the reference never is."""
+    if found.shape == truth.shape and found.dtype.kind == truth.dtype.kind == "f" and np.array_equal(np.isnan(found), np.isnan(truth)):
+        found, truth, eager = (np.where(np.isnan(truth), 0, values) for values in (found, truth, eager))
+    return compare(name, found, truth, eager, PRECISION)
+
+
+def _wrong(found: np.ndarray, truth: np.ndarray, eager: np.ndarray) -> np.ndarray:
+    """Where the two differ: farther than the policy lets one element be, or, if only their mean is too far away, not the same number."""
+    if truth.dtype.kind != "f":
+        return np.asarray(found != truth)
+    error = np.abs(found - truth)
+    bound = Tolerance(PRECISION).max_bound(float(np.max(np.abs(eager - truth), initial=0.0)), rms(truth), np.abs(truth))
+    far = (error > bound) | ~np.isfinite(found)
+    return np.asarray(far if far.any() else found != truth)
+
+
+def _is_as_exact(found: np.ndarray, truth: np.ndarray) -> bool:
+    """Whether the kind of number is one that the policy compares: floats by value, integers with integers, booleans with booleans."""
+    return truth.dtype.kind == "f" or (found.dtype.kind in "biu" and (found.dtype.kind == "b") == (truth.dtype.kind == "b"))
+
+
+def _failure(exercise: Exercise, answer: Answer) -> Failure | None:
+    """What is wrong with an answer: of each wrong output where and how it differs, and the first one that can be drawn."""
+    lines, differences = [], []
+    for (name, axes), found, truth, eager in zip(exercise.outputs.items(), *answer, strict=True):
+        report = _compared(name, found, truth, eager)
+        if report.passed:
+            continue
+        if found.shape != truth.shape or not _is_as_exact(found, truth):
+            lines += report.failures
+            continue
+        pair = Pair(found, truth, _wrong(found, truth, eager))
+        lines += [f"{name}: {differs.where(axes, pair.wrong)}", *differs.places(axes, pair)]
+        differences.append(Difference(name, axes, pair))
+    return Failure(lines, differences[0] if differences else None) if lines else None
+
+
+def _run(exercise: Exercise, function: Callable, case: Case) -> Failure | None:
+    """What is wrong with the function on one case. Raises NotImplementedError where it is the stub."""
+    answer = _answer(exercise, function, case)
+    return answer if isinstance(answer, Failure) else _failure(exercise, answer)
+
+
+def _relations(exercise: Exercise, function: Callable) -> list[str]:
+    """For each output the relation to the reference's that holds on all inputs, in words; nothing where there is none."""
+    names = list(inspect.signature(function).parameters)
+    runs = [(_answer(exercise, function, case), dict(zip(names, case.arguments, strict=False))) for case in exercise.cases]
+    answers = [(answer, given) for answer, given in runs if isinstance(answer, Answer)]
+    lines = []
+    for number, name in enumerate(exercise.outputs):
+        outputs = [(*(arrays[number] for arrays in answer), given) for answer, given in answers]
+        wrong = [output for output in outputs if not _compared(name, *output[:3]).passed]
+        alike = all(found.shape == truth.shape and _is_as_exact(found, truth) for found, truth, _, _ in wrong)
+        pairs = [Pair(found, truth, _wrong(found, truth, eager) if alike else truth, given) for found, truth, eager, given in wrong]
+        said = differs.relation(pairs) if alike else differs.transposed(pairs)
+        lines += [f"on all inputs where {name} differs: {said}"] if said else []
+    return lines
 
 
 def _agrees(exercise: Exercise, function: Callable, mistake: Mistake) -> bool:
@@ -112,7 +154,7 @@ def _agrees(exercise: Exercise, function: Callable, mistake: Mistake) -> bool:
     truth, eager = mistake.function, None
     if exercise.eager is not None:  # the answer computes in float32, so the mistake is one in float64 and has its own float32 beside it
         truth, eager = (lambda *given: mistake.function(*map(_wide, given))), mistake.function
-    as_mistaken = Exercise(exercise.outputs, truth, exercise.cases, (), eager)
+    as_mistaken = replace(exercise, truth=truth, mistakes=(), eager=eager)
     return not any(_run(as_mistaken, function, case) for case in exercise.cases)
 
 
@@ -128,8 +170,10 @@ def examine(name: str, function: Callable) -> Finding:
     try:
         for case in exercise.cases:
             if failure := _run(exercise, function, case):
-                hints = [f"→ {mistake.hint}" for mistake in exercise.mistakes if _agrees(exercise, function, mistake)]
-                return Finding(False, "\n".join([f"with {case.why}:", *failure.lines, *hints[:1]]), failure.difference)
+                hints = [mistake.hint for mistake in exercise.mistakes if _agrees(exercise, function, mistake)][:1]
+                advice = [f"→ {line}" for line in (*hints, f"the idea: {exercise.chapter}")]
+                lines = [f"with {case.why}:", *failure.lines, *_relations(exercise, function), *advice]
+                return Finding(False, "\n".join(lines), failure.difference)
     except NotImplementedError:
         return Finding(False, "not written yet: replace the line that raises NotImplementedError")
     return Finding(True, f"right on all {len(exercise.cases)} inputs")
@@ -142,4 +186,5 @@ def check(name: str, function: Callable) -> None:
     if finding.difference is not None:
         from . import plots
 
-        plots.difference(*finding.difference)
+        name, axes, pair = finding.difference
+        plots.difference(name, axes, pair.found, pair.truth, pair.wrong)

@@ -8,8 +8,9 @@ from itertools import cycle
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 INK = "#7f7f7f"
@@ -21,8 +22,25 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "hatch.linewidth": 0.6,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK,
 }  # fmt: skip
-SHADES = LinearSegmentedColormap.from_list("shades", [(0.29, 0.56, 0.82, 0.0), (0.29, 0.56, 0.82, 1.0)])
-"""From nothing, whatever lies below, to blue."""
+MOST_LINES = 40
+"""Up to how many rows or columns the cells of a matrix are framed."""
+PALEST = 0.3
+"""How much of a cell's colour is there as soon as the cell is not 0: less is lost on a dark page or on a white one."""
+BLUE, ORANGE = (0.29, 0.56, 0.82), (0.82, 0.46, 0.17)
+
+
+def _shades(name: str, *colours: tuple[float, float, float]) -> ListedColormap:
+    """Nothing at all where a number is 0, whatever lies below; then from PALEST to the full colour, for two colours on either side of 0."""
+    alpha = np.linspace(PALEST, 1, 127)
+    sides = [np.column_stack([np.tile(colour, (127, 1)), alpha]) for colour in colours]
+    nothing = np.zeros((1, 4))
+    return ListedColormap(
+        np.concatenate([nothing, sides[0]] if len(sides) == 1 else [sides[0][::-1], nothing, sides[1]]), name
+    ).with_extremes(bad=INK)
+
+
+SHADES = _shades("shades", BLUE)
+BOTH_SIDES = _shades("both sides", ORANGE, BLUE)
 
 
 class Picture(Figure):
@@ -39,6 +57,23 @@ def axes(width: float, height: float, *titles: str) -> Sequence[Axes]:
     for own, title in zip(drawn[0], titles, strict=True):
         own.set_title(title)
     return drawn[0]
+
+
+def cells(drawn: Axes, values: np.ndarray, shades: ListedColormap, low: float, high: float) -> AxesImage:
+    """A matrix, one cell a number, with a thin line around each cell where there are few enough; a number next to 0 is not drawn as 0."""
+    step = (high - low) / shades.N
+    if low < 0:
+        values = np.where((values != 0) & (np.abs(values) < step), np.sign(values) * step, values)
+    else:
+        values = np.where((values > 0) & (values < step), step, values)
+    image = drawn.imshow(values, aspect="auto", cmap=shades, vmin=low, vmax=high, interpolation="nearest")
+    if max(values.shape) <= MOST_LINES:
+        for rows, axis in ((values.shape[0], drawn.axhline), (values.shape[1], drawn.axvline)):
+            for edge in range(rows + 1):
+                axis(edge - 0.5, color=INK, linewidth=0.4, alpha=0.6)
+    for axis in (drawn.xaxis, drawn.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    return image
 
 
 def _legend(drawn: Axes) -> None:
@@ -105,7 +140,7 @@ def shares(load_SE: np.ndarray, title: str, mark: int | None = None) -> None:
     """Who gets the tokens, step by step: one row for each expert, dark where it gets many; `mark` is a step to point at."""
     (drawn,) = axes(7, 2.8, title)
     share_ES = (load_SE / load_SE.sum(1, keepdims=True)).T
-    image = drawn.imshow(share_ES, aspect="auto", cmap=SHADES, vmin=0, interpolation="nearest")
+    image = cells(drawn, share_ES, SHADES, 0, float(share_ES.max()))
     drawn.figure.colorbar(image, ax=drawn, label="share of the load")
     if mark is not None:
         drawn.axvline(mark, color=COLOURS[1], linestyle="--", linewidth=2)
@@ -117,7 +152,7 @@ def shares(load_SE: np.ndarray, title: str, mark: int | None = None) -> None:
 def table(values: np.ndarray, rows: Sequence[str], title: str, xlabel: str, ylabel: str, size: str, columns: Sequence[str] = ()) -> None:
     """A matrix of numbers ≥ 0, strong where they are large; `size` says what the numbers are."""
     (drawn,) = axes(7.5, 0.9 + 0.28 * len(rows), title)
-    image = drawn.imshow(values, aspect="auto", cmap=SHADES, vmin=0, interpolation="nearest")
+    image = cells(drawn, values, SHADES, 0, float(values.max()))
     drawn.figure.colorbar(image, ax=drawn, label=size)
     drawn.set_yticks(range(len(rows)), rows)
     drawn.set_xticks(range(values.shape[1]), columns or [str(column) for column in range(values.shape[1])])
@@ -151,15 +186,30 @@ def tiles(spans: Sequence[tuple[int, int, int]], height: int, experts: int) -> N
     drawn.set_xlabel("row")
 
 
-def difference(name: str, yours: np.ndarray, reference: np.ndarray) -> None:
-    """A wrong answer beside the right one: matrices as three shaded tables, anything smaller as bars."""
+def difference(name: str, axis_names: Sequence[str], yours: np.ndarray, reference: np.ndarray, wrong: np.ndarray) -> None:
+    """A wrong answer beside the right one, and where they differ: matrices as three tables, anything smaller as bars.
+
+    Blue is above 0 and orange below; in the third table, which has a scale of its own, too large and too small.
+    """
     yours, reference = (np.asarray(array, np.float64) for array in (yours, reference))
     if reference.ndim == 2 and reference.size:
         top = float(np.nanmax(np.abs([yours, reference]), initial=1e-30))
-        parts = {f"your {name}": np.abs(yours), "reference": np.abs(reference), "where they differ": np.abs(yours - reference)}
-        for drawn, values in zip(axes(8, 2.6, *parts), parts.values(), strict=True):
-            image = drawn.imshow(values, aspect="auto", cmap=SHADES, vmin=0, vmax=top, interpolation="nearest")
-        drawn.figure.colorbar(image, ax=drawn, label="size")
+        yours, reference = (np.where(np.abs(values) < 1e-9 * top, 0, values) for values in (yours, reference))
+        distance = np.where(wrong, yours - reference, 0)
+        parts = {f"your {name}": (yours, top), "reference": (reference, top), "where they differ": (distance, _largest(distance))}
+        drawn = axes(8.6, 2.8, *parts)
+        for own, (values, most), label in zip(drawn, parts.values(), (None, "value", "yours − reference"), strict=True):
+            image = cells(own, values, BOTH_SIDES, -most, most)
+            own.set_xlabel(axis_names[1])
+            if label:
+                own.figure.colorbar(image, ax=own, label=label)
+        drawn[0].set_ylabel(axis_names[0])
     else:
-        places = [str(place) for place in range(reference.size)]
-        bars(places, {"yours": yours.ravel(), "reference": reference.ravel()}, f"your {name} beside the reference", "")
+        marks = ["≠" if is_wrong else "" for is_wrong in wrong.ravel()]
+        groups = [f"{place}\n{mark}" for place, mark in enumerate(marks)] if reference.ndim else ["≠"]
+        bars(groups, {"yours": yours.ravel(), "reference": reference.ravel()}, f"your {name} beside the reference", name)
+        plt.gca().set_xlabel(f"{axis_names[0]} (≠: differs)" if reference.ndim else "")
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(np.max(np.abs(values), initial=1e-30, where=np.isfinite(values)))

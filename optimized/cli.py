@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands import COMMANDS, Result
+from .commands import COMMANDS, Result, check_writable
 from .environment import prepare_process
 
 GOOD, NOT_GOOD, BAD_INPUT = 0, 1, 2
@@ -34,15 +34,9 @@ def command(function: Callable[..., Result]) -> Callable[..., int]:
     def run(*, json_path: Path | None = None, **arguments: Any) -> int:
         if json_path is None:
             return GOOD if function(**arguments).good else NOT_GOOD
-        is_new = not json_path.exists()
-        _check_writable(json_path)
-        try:
-            result = function(**arguments)
-        except BaseException:
-            if is_new:
-                json_path.unlink(missing_ok=True)
-            raise
-        _write_json(json_path, result.data)
+        check_writable(json_path, "--json")
+        result = function(**arguments)
+        _write_json(json_path, result)
         return GOOD if result.good else NOT_GOOD
 
     option = inspect.Parameter("json_path", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=JsonOption)
@@ -52,21 +46,14 @@ def command(function: Callable[..., Result]) -> Callable[..., int]:
     return run
 
 
-def _check_writable(path: Path) -> None:
-    """Before hours of work, not after them."""
-    if path.is_dir():
-        raise ValueError(f"--json is {path}, which is a directory")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab"):
-        pass
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    from reference.autograd.checkpoints import write_atomically
+def _write_json(path: Path, result: Result) -> None:
+    from reference.autograd.checkpoints import record_text, write_atomically
 
     from .comparison import plain
 
-    write_atomically(path, (json.dumps(plain(data), indent=1, allow_nan=False) + "\n").encode())
+    data = plain(result.data)
+    text = record_text(data, result.rows) if result.rows else json.dumps(data, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, text.encode())
 
 
 def application() -> typer.Typer:

@@ -185,13 +185,13 @@ def always_second(gate_TK: np.ndarray, config: GatingConfig, draws: Draws) -> np
 def random_second(gate_TK: np.ndarray, config: GatingConfig, draws: Draws) -> np.ndarray:
     """A random second expert, in training (random-second): wanted iff g₂ / θ > r, r ~ U(0, 1), so with probability min(1, g₂ / θ).
 
-    Shapes: gate [T, 2], already normalized → wanted [T, 2] bool; the first choice is always wanted. θ = config.second_threshold.
+    Shapes: gate [T, 2], normalized and scaled → wanted [T, 2] bool; the first choice is always wanted. θ is second_threshold · scale.
     Source: Lepikhin et al. 2020, algorithm 1 (2 g₂ > r, θ = 1/2); Zoph et al. 2022 (ST-MoE), §G, and mesh-tensorflow (θ = 0.2).
     Deviates: in GShard's pseudo-code a rejected second choice still uses up a slot of its expert; lingvo, mesh-tensorflow and this
     free it. They also draw in evaluation; here all noise belongs to training.
     """
     wanted_TK = np.ones(gate_TK.shape, bool)
-    threshold = np.asarray(config.second_threshold, gate_TK.dtype)
+    threshold = np.asarray(config.second_threshold * config.scale, gate_TK.dtype)
     wanted_TK[:, 1] = gate_TK[:, 1] / threshold > draws.uniform("second_choice", (gate_TK.shape[0],))
     return wanted_TK
 

@@ -1,4 +1,4 @@
-"""Looks over the shoulder of kernels in Triton's interpreter: every address they read and write, and the order their programs run in.
+"""Looks over the shoulder of kernels in Triton's interpreter: every address they read and write, every product, the order of programs.
 
 The interpreter dereferences pointers without a check and runs one program after the other, so what a GPU would punish stays hidden:
 reading past the end, two programs that write one element, a program that reads what another has written.
@@ -10,7 +10,8 @@ import itertools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -23,17 +24,27 @@ INTERPRETED = is_interpreting()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+class Access(NamedTuple):
+    """What one load or store touched: addresses of elements, each so many bytes large."""
+
+    program: int
+    address: NDArray[np.uint64]
+    size: int
+
+
 class Launch:
-    """One launch: whose memory it may touch, and what it touched, as (program, addresses of elements)."""
+    """One launch: whose memory it may touch, what it touched, and the FLOPs of its products."""
 
     def __init__(self, kernel: str, tensors: list[torch.Tensor], halt: bool) -> None:
         self.kernel, self.halt = kernel, halt
         self.extents = [(t.data_ptr(), t.data_ptr() + _reach(t) * t.element_size()) for t in tensors if t.numel()]
-        self.reads: list[tuple[int, NDArray[np.uint64]]] = []
-        self.writes: list[tuple[int, NDArray[np.uint64]]] = []
+        self.reads: list[Access] = []
+        self.writes: list[Access] = []
+        self.flops = 0
         self.errors: list[str] = []
 
-    def touch(self, kind: str, program: int, address: NDArray[np.uint64], size: int) -> None:
+    def touch(self, kind: str, access: Access) -> None:
+        program, address, size = access
         inside = np.zeros(address.shape, bool)
         for first, end in self.extents:
             inside |= (address >= first) & (address + np.uint64(size) <= end)
@@ -43,7 +54,12 @@ class Launch:
                 raise AssertionError(self.errors[-1])
         if kind == "write" and len(np.unique(address)) < len(address):
             self.errors.append(f"{self.kernel}, program {program}: two lanes write one element")
-        (self.writes if kind == "write" else self.reads).append((program, address))
+        (self.writes if kind == "write" else self.reads).append(access)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes at different addresses, reads and writes apart."""
+        return sum(_different_bytes(touched) for touched in (self.reads, self.writes))
 
     def finish(self) -> list[str]:
         """All errors, with the elements that more than one program writes and those read after (or before) a write."""
@@ -63,17 +79,22 @@ def _reach(tensor: torch.Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _flat(touched: list[tuple[int, NDArray[np.uint64]]]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+def _different_bytes(touched: list[Access]) -> int:
+    sizes = {access.size for access in touched}
+    return sum(size * len(np.unique(np.concatenate([one.address for one in touched if one.size == size]))) for size in sizes)
+
+
+def _flat(touched: list[Access]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     if not touched:
         return np.zeros(0, np.uint64), np.zeros(0, np.uint64)
-    addresses = np.concatenate([address for _, address in touched])
-    return addresses, np.repeat(np.array([program for program, _ in touched], np.uint64), [len(address) for _, address in touched])
+    lengths = [len(access.address) for access in touched]
+    return np.concatenate([access.address for access in touched]), np.repeat(np.array([one.program for one in touched], np.uint64), lengths)
 
 
-def _addresses(pointers: Any, mask: Any) -> tuple[NDArray[np.uint64], int]:
+def _access(program: int, pointers: Any, mask: Any) -> Access:
     shape = np.broadcast_shapes(pointers.data.shape, mask.data.shape)
     used = np.broadcast_to(pointers.data, shape)[np.broadcast_to(mask.data, shape).astype(bool)]
-    return used.astype(np.uint64), max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+    return Access(program, used.astype(np.uint64), max(1, pointers.get_element_ty().primitive_bitwidth // 8))
 
 
 @contextmanager
@@ -83,20 +104,23 @@ def watched(*, halt: bool = False) -> Iterator[list[Launch]]:
     halt: one out of bounds raises at once, before it is made; what a kernel does after it is nobody's to say.
     """
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    stock_load, stock_store, stock_call, stock_place = (
-        builder.create_masked_load, builder.create_masked_store, executor.__call__, builder.set_grid_idx
-    )  # fmt: skip
+    stock_load, stock_store, stock_dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
+    stock_call, stock_place = executor.__call__, builder.set_grid_idx
     launches: list[Launch] = []
     program = itertools.count()
     now = [0]
 
     def load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        launches[-1].touch("read", now[0], *_addresses(pointers, mask))
+        launches[-1].touch("read", _access(now[0], pointers, mask))
         return stock_load(self, pointers, mask, *rest, **named)
 
     def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        launches[-1].touch("write", now[0], *_addresses(pointers, mask))
+        launches[-1].touch("write", _access(now[0], pointers, mask))
         return stock_store(self, pointers, value, mask, *rest, **named)
+
+    def dot(self: Any, left: Any, right: Any, *rest: Any, **named: Any) -> Any:
+        launches[-1].flops += 2 * left.data.shape[0] * left.data.shape[1] * right.data.shape[1]
+        return stock_dot(self, left, right, *rest, **named)
 
     def place(self: Any, *index: int) -> None:
         now[0] = next(program)
@@ -107,12 +131,9 @@ def watched(*, halt: bool = False) -> Iterator[list[Launch]]:
         launches.append(Launch(self.fn.__name__, tensors, halt))
         return stock_call(self, *arguments, **named)
 
-    builder.create_masked_load, builder.create_masked_store, executor.__call__, builder.set_grid_idx = load, store, call, place
-    try:
+    changed = {"create_masked_load": load, "create_masked_store": store, "create_dot": dot, "set_grid_idx": place}
+    with mock.patch.multiple(builder, **changed), mock.patch.object(executor, "__call__", call):
         yield launches
-    finally:
-        builder.create_masked_load, builder.create_masked_store = stock_load, stock_store
-        executor.__call__, builder.set_grid_idx = stock_call, stock_place
     errors = [error for launch in launches for error in launch.finish()]
     if errors:
         raise AssertionError("\n".join(errors[:20]))
@@ -134,8 +155,5 @@ def shuffled_programs(seed: int = 0) -> Iterator[None]:
     def place(self: Any, *index: int) -> None:
         stock_place(self, *places[index])
 
-    builder.set_grid_dim, builder.set_grid_idx = size, place
-    try:
+    with mock.patch.multiple(builder, set_grid_dim=size, set_grid_idx=place):
         yield
-    finally:
-        builder.set_grid_dim, builder.set_grid_idx = stock_size, stock_place

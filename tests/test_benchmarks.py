@@ -102,18 +102,18 @@ def test_the_limit_is_the_later_of_product_and_stream(mode: str, passes: int) ->
     assert limits.streamed_bytes(given, mode) == touched_bytes
     mm, packed = limits.PRODUCTS.values()
     times = {mm: [2.0, 2.0], packed: [1.0, 1.2], limits.STREAM: [1.0, 1.0]}
-    assert limits.limit(given, mode, times) == (packed, [1.0, 1.2])
+    assert limits.limit(given, mode, times) == (packed, [passes * 1.0, passes * 1.2])
     slow = {**times, limits.STREAM: [1e6, 2e6]}
     bound, seconds = limits.limit(given, mode, slow)
     assert "stream" in bound and seconds == pytest.approx([1e6 * touched_bytes / 2**27, 2e6 * touched_bytes / 2**27])
 
 
 def test_what_the_limit_times_has_the_flops_it_claims() -> None:
-    given = tiny(8)
-    for mode in MODES:
+    for tokens in (3, 7, 8):  # one block that is not full, whole ones, and a rest
+        given = tiny(tokens)
         with FlopCounterMode(display=False) as counter:
-            limits.candidates(given, mode)[limits.PRODUCTS["torch.mm"]].step()
-        assert counter.get_total_flops() == limits.active_flops(given, mode)
+            limits.candidates(given, 7)[limits.PRODUCTS["torch.mm"]].step()
+        assert 3 * counter.get_total_flops() == 3 * limits.active_flops(given, MODES[0]) == limits.active_flops(given, MODES[1])
 
 
 def test_loads() -> None:

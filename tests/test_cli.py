@@ -84,6 +84,13 @@ def read_json(path: Path) -> dict[str, Any]:
         ("tour --seconds -3", "-3"),
         ("tour --out {directory}", "{directory}"),
         ("status --docs {directory}/nowhere", "nowhere"),
+        ("status --docs {directory}", "{directory}, which has no results/"),
+        ("tour --out {broken}/report.html", "{broken}"),
+        ("model --out {directory}", "{directory}"),
+        ("model --out {broken}/model.safetensors", "{broken}"),
+        ("lab collapse --seeds=", "--seeds is ''"),
+        ("bench --work {directory}", "--work is {directory}"),
+        ("bench --quick --work {broken}", "{broken} is no benchmark's record"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_value(
@@ -113,6 +120,10 @@ def test_a_run_that_diverges_is_measured_and_not_good(trained: Callable[..., int
     assert trained("--steps", "30", "--lr", "1e30") == cli.NOT_GOOD
     assert "NaN or infinite gradients" in capsys.readouterr().out
     assert "NaN or infinite gradients" in read_json(Path("train.json"))["error"]
+
+
+def test_a_run_shorter_than_its_patience_that_only_diverges_is_not_good(trained: Callable[..., int]) -> None:
+    assert trained("--steps", "3", "--lr", "1e30") == cli.NOT_GOOD
 
 
 def test_bad_input_leaves_no_empty_result_and_an_earlier_one_alone(tmp_path: Path) -> None:
@@ -285,3 +296,11 @@ def test_train_from_a_file_on_another_track(trained: Callable[..., int], tmp_pat
     data = read_json(tmp_path / "train.json")
     assert data["model_config"]["name"] == model.name
     assert data["train_config"]["lr"] == 0.001 and data["train_config"]["batch"] == 2
+
+
+def test_a_narrow_terminal_folds_text_and_cuts_no_number(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert cli.run(["parity", "--case", "drops", "--dtypes", "float64,bfloat16"]) == cli.GOOD
+    printed = capsys.readouterr().out
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= 60
+    assert printed.count("bfloat16") > 3 and "yardstick" in printed

@@ -111,6 +111,12 @@ def test_a_correctly_rounded_scalar_passes_and_a_wrong_one_does_not(dtype):
     _fails(compare("loss", truth * (1 + 5 * eps), truth, truth, dtype), "loss: max error")
 
 
+def test_a_scalar_has_no_place_to_name():
+    inexact, exact = compare("loss", 0.5, 1.0, 1.0, "float32"), compare("count", 4, 3, None, "float32")
+    assert inexact.failures[0].endswith("(float32, scale 1); 0.5 instead of 1")
+    assert exact.failures == ("count: 4 instead of 3 (1 of 1 differ)",)
+
+
 def test_two_percent_scale_fails_by_rms_alone():
     truth = np.random.default_rng(4).uniform(0.9, 1.1, (50, 16))
     report = compare("y", 1.02 * truth, truth, truth, "bfloat16")

@@ -64,7 +64,10 @@ def test_large_cases(case: Case, dtype: str) -> None:
     prove(PROMISE, case, dtype, DEVICE)
 
 
-@pytest.mark.parametrize("name", ["off-tile-widths", "drops", "gelu-bias"])
+IN_TF32 = ("off-tile-widths", "drops", "gelu-bias")
+
+
+@pytest.mark.parametrize("name", [pytest.param(case.name, marks=[] if case.name in IN_TF32 else [pytest.mark.slow]) for case in small()])
 def test_tf32(name: str) -> None:
     """Allowed by torch's switch; the yardstick is the reference on operands cut to tf32, as a tensor core cuts them."""
     inputs = draw(get(name)).rounded(partial(round_to, dtype="float32"))
@@ -81,7 +84,8 @@ def test_tf32(name: str) -> None:
         torch.set_float32_matmul_precision("highest")
     assert_experts_equal(inputs, rounded, farthest(eager, inputs, experts_truth(inputs)), "tf32")
     exact = experts_outputs(on_backend, inputs, "float32", DEVICE)
-    assert not np.array_equal(rounded["y"], exact["y"]), "tf32 that changes nothing was not used"
+    changed = not np.array_equal(rounded["y"], exact["y"])
+    assert changed or not exact["y"].any(), "tf32 that changes nothing was not used"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

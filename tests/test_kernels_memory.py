@@ -61,7 +61,7 @@ def test_every_access_lies_inside_and_no_two_programs_meet(name: str, gating: st
     ):
         whole_pass(name, GATING[gating])
     assert {one.kernel for one in seen} == KERNELS
-    assert name == "one-token" or sum(len({program for program, _ in one.writes}) > 1 for one in seen) >= 9, "races need two programs"
+    assert name == "one-token" or sum(len({access.program for access in one.writes}) > 1 for one in seen) >= 9, "races need two programs"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -127,7 +127,7 @@ def changes_its_argument(expert_TK: np.ndarray, experts: int, capacity: int) -> 
         (lambda expert_TK, experts, capacity: expert_TK, "int64 instead of bool"),
         (lambda expert_TK, experts, capacity: np.ones(3, bool), "shape (3,) instead of"),
         (lambda expert_TK, experts, capacity: (expert_TK, expert_TK), "returns 2 array(s)"),
-        (lambda expert_TK, experts, capacity: np.ones(expert_TK.shape, bool), "row 3"),
+        (lambda expert_TK, experts, capacity: np.ones(expert_TK.shape, bool), "  token 3: yours"),
         (changes_its_argument, "changes one of its arguments"),
     ],
 )
@@ -179,8 +179,8 @@ def test_wrong_answer_is_drawn_beside_the_reference(name: str, answer: Callable,
     difference = checks.examine(name, answer).difference
     assert (difference is None) == (answer is without_the_zero)  # its shape is wrong
     if difference is not None:
-        assert difference.yours.shape == difference.reference.shape
-        assert not np.array_equal(difference.yours, difference.reference)
+        found, truth, wrong, _ = difference.pair
+        assert found.shape == truth.shape == wrong.shape and wrong.any() and len(difference.axes) == truth.ndim
 
 
 def test_check_prints_and_draws(capsys: pytest.CaptureFixture[str]) -> None:

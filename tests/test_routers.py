@@ -82,6 +82,9 @@ def test_thresholded_second_choice() -> None:
     gate_TK = np.array([[1.0, 0.0], [0.9, 0.1], [0.9, 0.1], [0.79, 0.21]])
     wanted = random_second(gate_TK, config, Draws(None, {"second_choice": np.array([0.0, 0.49, 0.51, 0.999])}))
     assert wanted.tolist() == [[True, False], [True, True], [True, False], [True, True]]
+    scaled = replace(config, scale=2.5)
+    draws = Draws(None, {"second_choice": np.array([0.0, 0.49, 0.51, 0.999])})
+    assert random_second(2.5 * gate_TK, scaled, draws).tolist() == wanted.tolist(), "the scale made a second expert likelier"
 
 
 @pytest.mark.parametrize("normalize, gates", [("sum", [[1, 0], [0.5, 0.5], [0, 0]]), ("softmax", [[1, 0], [0.5, 0.5], [0, 0]])])

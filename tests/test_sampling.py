@@ -89,6 +89,17 @@ def test_mode_is_put_back() -> None:
         assert MODEL.training is training
 
 
+def test_mode_is_put_back_after_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    MODEL.train()
+    monkeypatch.setattr(Reader, "read", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sample(MODEL, b"a", 2)
+    assert MODEL.training
+
+
 @pytest.mark.parametrize(
     "message, options",
     [

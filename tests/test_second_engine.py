@@ -30,6 +30,7 @@ from faults.table import FAULTS
 from test_kernels_memory import KERNELS
 from ttsem import harness, sanitize
 
+from optimized.kernels import launch
 from optimized.kernels.blocks import Blocks, using
 
 SMALL = Blocks(16, 16, 16, group=2)
@@ -64,6 +65,23 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
 
     monkeypatch.setattr(harness, "execute", execute)
     return seen
+
+
+def test_memory_ends_where_tensors_end_and_launches_have_several_programs(executed: list[tuple[Any, Any]], monkeypatch: Any) -> None:
+    """Else an access past the end would be inside somebody's memory, and no two programs could meet."""
+    monkeypatch.setattr(launch, "sort_block", lambda buckets: 16)
+    experts, several = set(), set()
+    for name, gating in (("drops", "grouped"), ("gelu-bias", "grouped"), ("off-tile-widths", "plain")):
+        with using(up=SMALL, product=SMALL, activation=SMALL, weight=SMALL, combine=Blocks(16, 16), route=Blocks(8, 0)):
+            experts.add(memory_tests.whole_pass(name, memory_tests.GATING[gating])[3].numel())
+    for record, _ in executed:
+        for argument, value in record.bound.items():
+            if isinstance(value, torch.Tensor) and value.numel():
+                last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+                assert value.storage_offset() == 0 and (1 + last) * value.element_size() == value.untyped_storage().nbytes(), argument
+        if np.prod(record.grid) > 1:
+            several.add(record.fn_name)
+    assert len(experts) > 1 and several == KERNELS - {"scan_kernel"}, "one program sums up what the others counted"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)

@@ -204,9 +204,7 @@ MOVES: dict[str, tuple[str, str, int, dict[str, Any], Told]] = {
         "pull",
         4,
         {"pull": 4},
-        lambda case: (
-            f"Sort: {len(case['token'])} rows, {case['integers']} integers. Einsum: {4 * case['capacity']} rows, {case['padding']} of them"
-        ),
+        lambda case: f"Sort: {len(case['token'])} rows, {case['integers']} integers. Einsum: {4 * case['capacity']} rows, ",
     ),
     "crossings": (
         "chapters/expert-parallelism/",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import REPOSITORY
+from static_sample import readings
 
 pytest.importorskip("triton")
 
+from optimized.commands.kernels import ROWS
 from optimized.kernels.blocks import ELEMENTWISE, HALF, IEEE, TF32, TF32_OF, Blocks
 from optimized.kernels.choices import ALTERNATIVES, REJECTED
 from optimized.static import sweep, verdicts
@@ -20,8 +24,10 @@ from optimized.static.sweep import DTYPE_NAMES, MODEL_NAMES, TARGET_NAMES, Plan
 from optimized.static.targets import TARGETS
 from optimized.static.work import uniform_load
 from reference import presets
+from reference.autograd.checkpoints import record_text
 
-TABLE = REPOSITORY / "docs" / "results" / "kernels-3.7.1.json"
+TESTED, OTHERS = "3.7.1", ("3.6.0", "3.9.0")
+TABLES = {version: REPOSITORY / "docs" / "results" / f"kernels-{version}.json" for version in (TESTED, *OTHERS)}
 SASS = """
 \t.text.kernel:
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -66,6 +72,15 @@ def test_without_matrix_instructions_the_loop_is_that_of_the_multiplications() -
     found, labels = instructions(SASS.replace("HMMA.16816.F32.BF16", "IADD3"), NVIDIA)
     assert len(arithmetic_loop(found, labels, NVIDIA)) == 5
     assert arithmetic_loop(["EXIT"], {}, NVIDIA) == []
+
+
+@pytest.mark.parametrize("number", [3, pytest.param(45, marks=pytest.mark.slow)])
+def test_the_figures_need_no_analysis_of_the_flow_of_data(number: int) -> None:
+    """The disassembler is asked not to make it, which saves about a third of its time."""
+    plan = Plan(targets=("sm80", "sm90", "sm100"), models=("OLMoE-1B-7B", "gpt-oss-20b"))
+    with sweep.compiling_processes(1) as pool:
+        found = pool.submit(readings, plan, number).result()
+    assert len(found) == number and [name for name, same in found if not same] == []
 
 
 def test_occupancy_of_known_kernels() -> None:
@@ -153,14 +168,38 @@ def test_a_uniform_load_counts_every_assignment() -> None:
     assert sum(load) == 300 and max(load) <= 100 and load == uniform_load(100, 8, 3)
 
 
+@pytest.mark.parametrize("change, code", [({}, 0), ({"spilled": 4}, 1), ({"registers": 145}, 1)], ids=["good", "spills", "registers"])
+def test_the_command_judges_and_writes_a_line_for_each_row(
+    change: dict[str, Any], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optimized.cli import run
+
+    data = {"triton": TESTED, "rows": [GOOD, {**GOOD, "role": "down", **change}], "layers": [], "seconds": 1.0}
+    monkeypatch.setattr(sweep, "run", lambda *_, **__: data)
+    before, written = tmp_path / "before.json", tmp_path / "written.json"
+    before.write_text(json.dumps({**data, "rows": [GOOD]}))
+    assert run(["kernels", "--json", str(written), "--against", str(before)]) == code
+    text = written.read_text()
+    assert json.loads(text) == {**data, "problems": json.loads(text)["problems"]}
+    assert [json.loads(line.rstrip(",")) for line in text.splitlines() if line.startswith('{"target"')] == data["rows"]
+
+
+def read(version: str) -> dict[str, Any]:
+    return json.loads(TABLES[version].read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="module")
 def recorded() -> dict[str, Any]:
-    return json.loads(TABLE.read_text(encoding="utf-8"))
+    return read(TESTED)
 
 
-def test_the_committed_table_has_no_problem(recorded: dict[str, Any]) -> None:
-    assert verdicts.problems(recorded) == [] and recorded["problems"] == []
-    worse = copy.deepcopy(recorded["rows"][:1])
+@pytest.mark.parametrize("version", TABLES)
+def test_a_committed_table_has_no_problem(version: str) -> None:
+    table = read(version)
+    assert table["triton"] == version
+    assert verdicts.problems(table) == [] and table["problems"] == []
+    assert TABLES[version].read_text(encoding="utf-8") == record_text(table, ROWS), "it is not as the command writes it"
+    worse = copy.deepcopy(table["rows"][:1])
     worse[0]["spilled"] = 1
     assert verdicts.broken_rows(worse)
 
@@ -196,6 +235,27 @@ def test_the_committed_table_holds_every_block_size_that_is_kept_or_refused(reco
     assert ELEMENTWISE["route"].rows < 256, "a block's load is counted in bytes"
 
 
+@pytest.mark.parametrize("version", OTHERS)
+def test_the_other_versions_compile_everything_that_is_kept_in_bfloat16(version: str, recorded: dict[str, Any]) -> None:
+    def compiled(table: dict[str, Any]) -> set[tuple[Any, ...]]:
+        rows = sweep.in_bfloat16(table["rows"])
+        return {(row["target"], row["origin"], row["role"], *row["blocks"].items(), model) for row in rows for model in row["models"]}
+
+    table = read(version)
+    assert compiled(table) == compiled(recorded) and len(table["rows"]) == len(sweep.in_bfloat16(table["rows"]))
+    assert {row["target"] for row in table["rows"]} == set(TARGET_NAMES)
+
+
+def test_there_is_a_table_of_every_version_that_is_tested() -> None:
+    second = (REPOSITORY / ".ci" / "second-triton").read_text(encoding="utf-8")
+    pinned = [
+        re.findall(r"^triton==([\d.]+)", (REPOSITORY / name).read_text(), re.MULTILINE)
+        for name in ("constraints.txt", "constraints-triton39.txt")
+    ]
+    assert {*pinned[0], *pinned[1], *re.findall(r"^oldest=(.*)", second, re.MULTILINE)} == set(TABLES)
+    assert {path.stem for path in TABLES[TESTED].parent.glob("kernels-*.json")} == {path.stem for path in TABLES.values()}
+
+
 def test_alternatives_are_not_what_they_stand_beside() -> None:
     for family, table in ALTERNATIVES.items():
         for kernel, tried in table.items():
@@ -203,7 +263,7 @@ def test_alternatives_are_not_what_they_stand_beside() -> None:
             assert len(set(everything)) == len(everything), (family, kernel)
 
 
-def test_launches_are_compiled_as_the_launcher_asks_for_them(recorded: dict[str, Any]) -> None:
+def test_launches_are_compiled_as_the_launcher_asks_for_them() -> None:
     """One kernel of one layer, compiled here and now, is the recorded one."""
     import triton
 
@@ -212,8 +272,8 @@ def test_launches_are_compiled_as_the_launcher_asks_for_them(recorded: dict[str,
         total = pool.submit(sweep.count, plan).result()
         row = pool.submit(sweep.measure, plan, 4, False).result()
     assert total == 15 and row["role"] == "up" and verdicts.faults(row) == []
-    if triton.__version__ == recorded["triton"]:
-        assert verdicts.changed_registers([row], recorded["rows"]) == []
+    if triton.__version__ in TABLES:
+        assert verdicts.changed_registers([row], read(triton.__version__)["rows"]) == []
 
 
 @pytest.mark.slow
@@ -223,7 +283,7 @@ def test_the_share_of_continuous_integration(tmp_path: Any) -> None:
 
     from optimized.cli import run
 
-    against = ["--against", str(TABLE)] if triton.__version__ == json.loads(TABLE.read_text())["triton"] else []
+    against = ["--against", str(TABLES[TESTED])] if triton.__version__ == TESTED else []
     assert run(["kernels", "--quick", "--json", str(tmp_path / "quick.json"), *against]) == 0
     data = json.loads((tmp_path / "quick.json").read_text())
     assert {dtype for row in data["rows"] for dtype in row["dtypes"]} >= set(DTYPE_NAMES) and data["problems"] == []

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from kernel_checks import INTERPRETED
+from kernel_checks import INTERPRETED, Launch, watched
 
 from optimized.benchmarks.measure import saved_bytes
 from optimized.benchmarks.peers import RIVAL, everybody
@@ -18,7 +18,6 @@ from optimized.gpu_check.problems import problem
 from optimized.kernels import launch
 from optimized.kernels.blocks import Blocks, using
 from optimized.static.capture import ROLES
-from optimized.static.watch import Counted, counted
 from optimized.static.work import WORK, Sizes, work
 from reference import presets
 from reference.config import BalanceConfig, MoEConfig
@@ -38,7 +37,7 @@ def small(preset: str, *, width: int, hidden: int, experts: int, top_k: int) -> 
     return dataclasses.replace(config, d_model=width, gating=gating, experts=sizes, balance=BalanceConfig())
 
 
-def whole_pass(config: MoEConfig, tokens: int, dtype: torch.dtype) -> tuple[list[int], dict[str, Counted]]:
+def whole_pass(config: MoEConfig, tokens: int, dtype: torch.dtype) -> tuple[list[int], dict[str, Launch]]:
     """(load, what was counted by role) of one layer's forward and backward; the fourth expert gets no token."""
     experts, gating, generator = config.experts, config.gating, torch.Generator().manual_seed(0)
     normal = lambda *size: torch.randn(size, generator=generator).to(dtype)  # noqa: E731
@@ -48,7 +47,7 @@ def whole_pass(config: MoEConfig, tokens: int, dtype: torch.dtype) -> tuple[list
     logits[:, 3] = -50
     correction = torch.zeros(experts.count) if gating.correction_bias else None
     x, real, keep = normal(tokens, config.d_model), torch.ones(tokens, dtype=torch.bool), torch.ones(tokens, gating.top_k, dtype=torch.bool)
-    with using(**BLOCKS), counted() as seen:
+    with using(**BLOCKS), watched() as seen:
         scores, expert, gate, load = launch.route(logits, correction, real, config.scores.function, gating)
         _, pre, order, bounds = launch.experts_forward(x, expert, gate, keep, up, down, *biases, experts.activation, True)
         first = len(seen)
@@ -58,8 +57,8 @@ def whole_pass(config: MoEConfig, tokens: int, dtype: torch.dtype) -> tuple[list
     return load.tolist(), by_role(seen[:first], 0) | by_role(seen[first:], 1)
 
 
-def by_role(launches: list[Counted], backward: int) -> dict[str, Counted]:
-    found: dict[str, Counted] = {}
+def by_role(launches: list[Launch], backward: int) -> dict[str, Launch]:
+    found: dict[str, Launch] = {}
     for number, one in enumerate(launches):
         roles, before = ROLES[one.kernel], sum(other.kernel == one.kernel for other in launches[:number])
         found[roles[backward if one.kernel in ("expert_product_kernel", "combine_kernel") else before]] = one

@@ -13,18 +13,25 @@ from typing import Any
 import sources
 from layout import digits, markdown
 
-from optimized.static import verdicts
+from optimized.static import sweep, verdicts
 
-RESULT = "docs/results/kernels-3.7.1.json"
+TESTED = "3.7.1"
+RESULTS = "docs/results/kernels-{}.json"
 PARTS = {"Grid:": "grid", "A program owns": "one program owns", "Equals:": "equals", "Rounds at:": "rounds", "Limits:": "limits"}
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "tf32": "tf32", "float32": "fp32", "int32": "int32"}
 Rows = Sequence[dict[str, Any]]
 
 
 @functools.cache
-def result() -> dict[str, Any]:
-    """The committed result of `moebius kernels --rejected`."""
-    return json.loads((sources.ROOT / RESULT).read_text(encoding="utf-8"))
+def result(version: str = TESTED) -> dict[str, Any]:
+    """What `moebius kernels` wrote with a version of Triton; with the tested one, what was refused too."""
+    return json.loads((sources.ROOT / RESULTS.format(version)).read_text(encoding="utf-8"))
+
+
+def recorded() -> list[str]:
+    """Every version of Triton with a committed result, the oldest first."""
+    found = [path.stem.partition("-")[2] for path in sources.ROOT.glob(RESULTS.format("*"))]
+    return sorted(found, key=lambda version: [int(part) for part in version.split(".")])
 
 
 def contract(kernel: str) -> str:
@@ -104,6 +111,27 @@ def layers() -> str:
     return markdown(["model", "target", "launches", "bytes, products", "bytes, others", "FLOPs", "FLOPs may be"], shown)
 
 
+def versions() -> str:
+    """What each Triton makes of the kernels in bf16, target by target."""
+    tested, shown = {verdicts.key(row): row for row in result()["rows"]}, []
+    for version in recorded():
+        for target, own in _by_target(sweep.in_bfloat16(result(version)["rows"])).items():
+            code = [row for row in own if "error" not in row]
+            known = [(row["registers"], tested[verdicts.key(row)]["registers"]) for row in code if verdicts.key(row) in tested]
+            moved = sum(abs(one - other) > verdicts.REGISTERS for one, other in known)
+            shown.append([
+                version, target, len(own), sum(bool(verdicts.faults(row)) for row in own), sum(row["spilled"] for row in code),
+                _span([row["registers"] for row in code]), "/".join(sorted({row["matrix"] for row in code} - {""})),
+                f"{moved} of {len(known)}",
+            ])  # fmt: skip
+    far = f"registers more than {verdicts.REGISTERS} from {TESTED}'s"
+    return markdown(["Triton", "target", "specialisations", "with a fault", "spilled", "registers", "matrix", far], shown)
+
+
+def _by_target(rows: Rows) -> dict[str, Rows]:
+    return {target: [row for row in rows if row["target"] == target] for target in dict.fromkeys(row["target"] for row in rows)}
+
+
 def counts() -> dict[str, Any]:
     """What the page's sentences say about the result."""
     data = result()
@@ -128,4 +156,5 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"figures {kernel}": partial(figures, *roles) for kernel, roles in KERNELS.items()},
     "kernel-rejections": rejections,
     "kernel-layers": layers,
+    "kernel-versions": versions,
 }

@@ -7,7 +7,7 @@ museum has it, it is the museum's.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,15 +33,17 @@ class Mistake(NamedTuple):
 
 @dataclass(frozen=True)
 class Exercise:
-    """outputs: the names of what the function returns, in order;  truth: the reference's function.
+    """outputs: the name of each array that the function returns → the names of its axes;  truth: the reference's function.
 
+    chapter: where the idea is explained, a page of `docs/` and a section of it;
     eager: the same computed plainly in float32, where an answer may compute in it; without it the truth rounded to float32.
     """
 
-    outputs: tuple[str, ...]
+    outputs: Mapping[str, tuple[str, ...]]
     truth: Callable
     cases: tuple[Case, ...]
     mistakes: tuple[Mistake, ...]
+    chapter: str
     eager: Callable | None = None
 
 

@@ -68,7 +68,7 @@ def _cases() -> tuple[Case, ...]:
 
 
 EXERCISE = Exercise(
-    ("loss", "dscores"), _balance, _cases(),
+    {"loss": (), "dscores": ("token", "expert")}, _balance, _cases(),
     (
         Mistake(_not_divided_by_k,
                 "The counts are divided by the tokens, not by the assignments: f must sum to 1, and a token has K assignments."),
@@ -79,4 +79,5 @@ EXERCISE = Exercise(
         Mistake(_without_experts, "The factor E is missing: even load must cost 1."),
         Mistake(_gradient_of_the_mean, "The loss is right. Its gradient forgets that P is a mean over T tokens: divide by T."),
     ),
+    chapter="docs/chapters/losses.md#by-hand",
 )  # fmt: skip

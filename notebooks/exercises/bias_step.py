@@ -39,7 +39,7 @@ def _cases() -> tuple[Case, ...]:
 
 
 EXERCISE = Exercise(
-    ("bias",), _step, _cases(),
+    {"bias": ("expert",)}, _step, _cases(),
     (
         Mistake(lambda bias_E, load_RE, rate: 2 * bias_E - _step(bias_E, load_RE, rate),
                 "The sign is turned round: busy experts rise, and the load runs away. Who got too little must rise."),
@@ -54,4 +54,5 @@ EXERCISE = Exercise(
         Mistake(lambda bias_E, load_RE, rate: round_to(bfloat16_bias(bias_E, load_RE.sum(0), rate), "bfloat16"),
                 "The bias is kept in bfloat16, and near 1 a small step is rounded away."),
     ),
+    chapter="docs/chapters/bias.md#by-hand",
 )  # fmt: skip

@@ -47,7 +47,7 @@ def _cases() -> tuple[Case, ...]:
 
 
 EXERCISE = Exercise(
-    ("expert", "gate"), _v3_gates, _cases(),
+    {"expert": ("token", "choice"), "gate": ("token", "choice")}, _v3_gates, _cases(),
     (
         Mistake(_gates_of_biased_scores,
                 "The gates are made of the biased scores. The bias decides who is chosen, the scores how much each counts."),
@@ -63,4 +63,5 @@ EXERCISE = Exercise(
                 "A softmax over the chosen scores takes the place of the division. The scores are sigmoids already: divide them by "
                 "their sum."),
     ),
+    chapter="docs/chapters/gating.md#the-trap",
 )  # fmt: skip

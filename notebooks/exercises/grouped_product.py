@@ -113,7 +113,7 @@ def _cases() -> tuple[Case, ...]:
 
 
 EXERCISE = Exercise(
-    ("out",), _truth, _cases(),
+    {"out": ("row", "column")}, _truth, _cases(),
     (
         Mistake(_rows_unmasked, PAST_THE_END),
         Mistake(_store_unmasked, PAST_THE_END),
@@ -124,5 +124,6 @@ EXERCISE = Exercise(
         Mistake(_depth_unmasked, "The last step reads past the end of the rows and of the matrix, where the next ones begin. Mask both "
                 "loads by depth < D, with other=0."),
     ),
+    chapter="docs/chapters/ladder.md#4-a-grouped-product",
     eager=_product,
 )  # fmt: skip

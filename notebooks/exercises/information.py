@@ -56,7 +56,7 @@ def _cases() -> tuple[Case, ...]:
 
 
 EXERCISE = Exercise(
-    ("bits",), mutual_information, _cases(),
+    {"bits": ()}, mutual_information, _cases(),
     (
         Mistake(_in_nats, "These are nats. Bits take the logarithm to the base 2."),
         Mistake(_first_choices, "Only the first choice of each token is counted. All K choices count, once each."),
@@ -66,4 +66,5 @@ EXERCISE = Exercise(
         Mistake(_every_label_alike, "The rows were normalised first, as if all labels were equally frequent. p(v, e) is a share of all "
                 "assignments."),
     ),
+    chapter="docs/chapters/specialization.md#the-equation",
 )  # fmt: skip

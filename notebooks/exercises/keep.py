@@ -31,7 +31,7 @@ def _cases() -> tuple[Case, ...]:
 
 
 EXERCISE = Exercise(
-    ("keep",), lambda expert_TK, experts, capacity: _kept(choice_major, expert_TK, capacity), _cases(),
+    {"keep": ("token", "choice")}, lambda expert_TK, experts, capacity: _kept(choice_major, expert_TK, capacity), _cases(),
     (
         Mistake(lambda expert_TK, experts, capacity: _kept(token_major, expert_TK, capacity),
                 "This serves token after token. All first choices come first: the loop over slots is the outer one."),
@@ -42,4 +42,5 @@ EXERCISE = Exercise(
         Mistake(lambda expert_TK, experts, capacity: second_choices_from_zero(expert_TK, capacity),
                 "The count starts again at 0 for the second choices. An expert has C slots for all of its assignments together."),
     ),
+    chapter="docs/chapters/capacity.md#the-order-of-the-queue",
 )  # fmt: skip

@@ -50,7 +50,7 @@ def _cases() -> tuple[Case, ...]:
 
 
 EXERCISE = Exercise(
-    ("position",), _positions, _cases(),
+    {"position": ("token", "choice")}, _positions, _cases(),
     (
         Mistake(_padding_queues, "Padding stands in the queue. It was masked afterwards, but the words behind it have already moved back."),
         Mistake(lambda expert_TK, real_T: reference_positions(expert_TK),
@@ -61,4 +61,5 @@ EXERCISE = Exercise(
         Mistake(_counting_oneself, "Each position is one too large: a cumulative sum counts the assignment itself, too."),
         Mistake(_over_the_experts, "The cumulative sum runs along the experts. It must run along the queue: everybody is first here."),
     ),
+    chapter="docs/chapters/capacity.md#places-and-who-keeps-one",
 )  # fmt: skip

@@ -60,7 +60,7 @@ def _cases() -> tuple[Case, ...]:
 
 
 EXERCISE = Exercise(
-    ("dlogits",), _router_backward, _cases(),
+    {"dlogits": ("token", "expert")}, _router_backward, _cases(),
     (
         Mistake(_sum_held_fixed,
                 "The sum of the chosen scores is taken for a constant. It depends on each of them: hence the term − Σ_j dg_j g_j."),
@@ -71,4 +71,5 @@ EXERCISE = Exercise(
                 "s (1 − s) is only the diagonal of softmax's derivative: raising one logit also lowers every other score."),
         Mistake(_by_slot, "The gradient of slot k was put into column k. It belongs into the column of the expert, expert[t, k]."),
     ),
+    chapter="docs/chapters/gradients.md#by-hand",
 )  # fmt: skip

@@ -60,7 +60,7 @@ def _cases() -> tuple[Case, ...]:
 
 
 EXERCISE = Exercise(
-    ("token", "slot", "bounds"), _order, _cases(),
+    {"token": ("row",), "slot": ("row",), "bounds": ("bound",)}, _order, _cases(),
     (
         Mistake(_dropped_too, "Dropped assignments are among the rows. Only what is kept becomes a row."),
         Mistake(_backwards, "Inside an expert the tokens come in reverse. The sort must be stable, and upwards."),
@@ -70,4 +70,5 @@ EXERCISE = Exercise(
         Mistake(_counts, "These are the numbers of rows. Bounds are their running sum, with a 0 in front."),
         Mistake(_divided_by_experts, "Assignment t · K + k belongs to token t: divide by K, the choices of a token, not by E."),
     ),
+    chapter="docs/chapters/dispatch.md#by-hand",
 )  # fmt: skip

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from reference.config import require
+
 from ..comparison import plain
 from .timing import Spread
 
@@ -37,12 +39,19 @@ class Journal:
 
     `resume`: a file of the same run is gone on with, one of another run (another plan, machine or code) is begun anew. A last line that
     was cut off is not believed.
+    Raises: ValueError for a file that is no such record: it would be lost.
     """
 
     def __init__(self, path: Path, head: dict[str, Any], *, resume: bool) -> None:
         self.path, self.done = path, {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [line for line in self._lines() if line.get("key")] if resume and self._lines()[:1] == [plain(head)] else []
+        found = self._lines()
+        begun = bool(found) and isinstance(found[0], dict) and found[0].keys() == head.keys()
+        require(
+            begun or not path.is_file() or not path.stat().st_size,
+            f"{path} is no benchmark's record and would be overwritten; name another file, or remove it",
+        )
+        lines = [line for line in found if line.get("key")] if resume and found[:1] == [plain(head)] else []
         path.write_text("".join(json.dumps(line) + "\n" for line in [plain(head), *lines]), encoding="utf-8")
         self.done = {line["key"]: revive(line["result"]) for line in lines}
 

@@ -252,7 +252,7 @@ def measure(given: Problem, mode: str, ready: Ready, out: Mapping[str, str], cou
     candidates = {name: _candidate(given, runnable, mode) for name, (_, runnable) in ready.items()}
     with threads(count):
         least = FEWER_ROUNDS if given.tokens >= MANY_TOKENS else ROUNDS
-        times = interleave(candidates | limits.candidates(given, mode), seconds=seconds, clock=clock, least=least)
+        times = interleave(candidates | limits.candidates(given), seconds=seconds, clock=clock, least=least)
     bound, limit = limits.limit(given, mode, times)
     saved: dict[str, int] = {}
     peak: dict[str, int | None] = {}

@@ -1,4 +1,4 @@
-"""Results as tables for a terminal of 80 columns or more. No numbers are made here."""
+"""Results as tables for a terminal of 60 columns or more. No numbers are made here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 STYLES = {"equal": "green", "yardstick": "cyan", "broken": "bold red", "cannot": "dim"}
 LEVELS = " ▁▂▃▄▅▆▇█"
+ROOMY = 80  # columns of a terminal in which every table fits unfolded
 COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 
 
@@ -24,10 +25,12 @@ def console() -> Console:
 
 
 def table(*columns: str, left: Sequence[str] = ()) -> Table:
-    """An empty table; numbers to the right, the columns of `left` to the left."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold")
+    """An empty table; numbers to the right, those of `left` to the left. In a narrow terminal text folds and no number is cut."""
+    narrow = console().width < ROOMY
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0 if narrow else 1), header_style="bold")
     for name in columns:
-        made.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+        shown = name.replace(" ", "\n") if narrow else name
+        made.add_column(shown, justify="left" if name in left else "right", no_wrap=not (narrow and name in left[:1]), overflow="fold")
     return made
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..environment import prepare_process
-from . import Result
+from . import Result, check_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,11 +40,12 @@ def run(
     from ..benchmarks.verdicts import losses, verdicts
     from ._show import console
 
+    check_writable(work, "--work")
     plan = _plan(quick, shape=shape, tokens=tokens, dtypes=dtypes, threads=threads, seconds=seconds)
     out = console()
+    data = _with_progress(plan, out, work, resume)
     if late:
         out.print(f"PyTorch was imported before {' and '.join(late)} could be set: page faults or waits weigh more.", style="yellow")
-    data = _with_progress(plan, out, work, resume)
     if not data["gate"]["green"]:
         for line in data["gate"]["broken"]:
             out.print(line, style="red", markup=False)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..static.sweep import Plan
 
 SHOWN = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "tf32", "int32": "int"}
+ROWS = ("rows", "layers", "problems")
 
 
 def run(
@@ -50,7 +51,7 @@ def run(
         require(recorded["triton"] == data["triton"], same)
     broken = verdicts.problems(data, recorded)
     _show(data, broken, out)
-    return Result(data | {"problems": broken}, not broken)
+    return Result(data | {"problems": broken}, not broken, ROWS)
 
 
 def _plan(quick: bool, rejected: bool, **options: str | None) -> Plan:

@@ -23,7 +23,7 @@ def run(
 
     names = list(EXPERIMENTS) if name == "all" else [name]
     runners = {one: runner(one) for one in names}
-    numbers = _seeds("0,1" if smoke and seeds is None else seeds or "0,1,2")
+    numbers = _seeds(("0,1" if smoke else "0,1,2") if seeds is None else seeds)
     out, results = console(), {}
     for one in names:
         out.rule(f"[bold]{one}", align="left")

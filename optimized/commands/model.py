@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import Result
+from . import Result, check_writable
 
 LARGEST = 3_000_000
 
@@ -35,6 +35,7 @@ def run(
     from ._show import bits_table, console
 
     target = COMMITTED if out is None else out
+    check_writable(target, "--out")
     config = MODEL_TRAIN if steps is None else dataclasses.replace(MODEL_TRAIN, steps=steps)
     corpus = load_corpus()
     resumed = bool(checkpoint_files(work))

@@ -19,7 +19,7 @@ def run(
     from ..status import broken, measure, write
     from ._show import console
 
-    require(docs.is_dir(), f"--docs is {docs}, which is no directory; run this at the top of a checkout, or name one")
+    require((docs / "results").is_dir(), f"--docs is {docs}, which has no results/; run this at the top of a checkout, or name its docs")
     out = console()
     with out.status("measuring") as shown:
         results = measure(shown.update)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import Result
+from . import Result, check_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,8 +37,7 @@ def run(
     from . import _show
 
     require(seconds is None or (math.isfinite(seconds) and seconds > 0), f"--seconds is {seconds}; it must be finite and above 0")
-    require(not out.is_dir(), f"--out is {out}, which is a directory; name a file")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out, "--out")
     size = tour.SMOKE if smoke else tour.FULL
     size = size if seconds is None else dataclasses.replace(size, train_seconds=seconds)
     began, shown = time.perf_counter(), _show.console()

@@ -61,7 +61,7 @@ def race(device: Device, given: Problem, mode: str, tuned: dict[str, Blocks], se
     if tuned and OURS in calls:
         calls[TUNED] = with_blocks(calls[OURS], **tuned)
     with torch.device(given.x.device):
-        dense = limits.candidates(given, mode)
+        dense = limits.candidates(given, given.rows)
         times = interleave({name: Candidate(call) for name, call in calls.items()} | dense, seconds=seconds, clock=device.clock)
     bound, limit = limits.limit(given, mode, times)
     rows = {

@@ -10,9 +10,9 @@
 /* A panel of B as it lies in memory: columns first … of b. Whole columns for few rows are used where they lie. */
 static TYPE(panel) TYPE(columns)(const struct plan *plan, long expert, matrix b, long rows, long first, long columns, elem *room) {
     const int32_t *bounds = plan->call->bounds + expert;
-    if (PER_UNIT == 1 && columns >= WIDTH && bounds[1] - bounds[0] <= FEW_ROWS) return (TYPE(panel)){b.at + first, b.stride};
+    if (PER_UNIT == 1 && columns >= WIDTH && bounds[1] - bounds[0] <= FEW_ROWS) return (TYPE(panel)){b.at + first, b.stride, NULL};
     TYPE(pack_rows)(room, WIDTH, b, rows, first, columns < WIDTH ? columns : WIDTH);
-    return TYPE(whole)(room);
+    return TYPE(whole)(room, NULL);
 }
 
 /* B of dh' = dy W_down, and of dx = du W_up. */
@@ -105,7 +105,8 @@ static void TYPE(weight_rows)(TYPE(gradient_rows) to, matrix a, matrix b, long r
             TYPE(pack_rows)(room.panel + (at - start) / WIDTH * panel, WIDTH, b, rows, at, between(0, stop - at, WIDTH));
         for (long i = 0; i < count; i += strip)
             for (long at = start; at < stop; at += WIDTH) {
-                const TYPE(panel) here = TYPE(whole)(room.panel + (at - start) / WIDTH * panel);
+                const elem *packed = room.panel + (at - start) / WIDTH * panel;
+                const TYPE(panel) here = TYPE(whole)(packed, strip > TILE_ROWS ? packed + panel : NULL);
                 TYPE(product)(from + i, CHUNK * PER_UNIT, between(0, count - i, strip), here, TYPE(units)(rows), room.c);
                 TYPE(put_block)(to, i, between(0, count - i, strip), at, between(0, stop - at, WIDTH), room.c);
             }

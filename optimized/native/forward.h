@@ -46,20 +46,25 @@ static void TYPE(pack_down)(elem *panel, const elem *down, const struct shape *s
 INLINE long TYPE(up_panel_elements)(const struct shape *shape) { return TYPE(padded)(shape->d_model) * WIDTH; }
 INLINE long TYPE(down_panel_elements)(const struct shape *shape) { return TYPE(padded)(shape->width) * WIDTH; }
 
+INLINE TYPE(panel) TYPE(packed_panel)(const void *packed, long number, long elements) {
+    const elem *at = (const elem *)packed + number * elements;
+    return TYPE(whole)(at, at + elements);
+}
+
 static TYPE(panel) TYPE(up_panel)(const struct plan *plan, long expert, long number, elem *room) {
     const struct shape *shape = &plan->shape;
     if (plan->call->packed_up)
-        return TYPE(whole)((const elem *)plan->call->packed_up + (expert * shape->up_panels + number) * TYPE(up_panel_elements)(shape));
+        return TYPE(packed_panel)(plan->call->packed_up, expert * shape->up_panels + number, TYPE(up_panel_elements)(shape));
     TYPE(pack_up)(room, (const elem *)plan->call->up + expert * shape->pre_width * shape->d_model, shape, number);
-    return TYPE(whole)(room);
+    return TYPE(whole)(room, NULL);
 }
 
 static TYPE(panel) TYPE(down_panel)(const struct plan *plan, long expert, long number, elem *room) {
     const struct shape *shape = &plan->shape;
     if (plan->call->packed_down)
-        return TYPE(whole)((const elem *)plan->call->packed_down + (expert * shape->d_panels + number) * TYPE(down_panel_elements)(shape));
+        return TYPE(packed_panel)(plan->call->packed_down, expert * shape->d_panels + number, TYPE(down_panel_elements)(shape));
     TYPE(pack_down)(room, (const elem *)plan->call->down + expert * shape->d_model * shape->width, shape, number);
-    return TYPE(whole)(room);
+    return TYPE(whole)(room, NULL);
 }
 
 INLINE vec TYPE(bias_at)(const elem *bias, long at, long count) { return bias ? TYPE(get)(bias + at, count) : (vec){0}; }
@@ -88,7 +93,8 @@ static void TYPE(up_item)(void *given, const struct item *item, int worker) {
     const matrix x = TYPE(by_token)(plan, plan->x, 0);
     const int32_t *bounds = plan->call->bounds + item->expert;
     for (long number = item->first; number < item->last; number++) {
-        const TYPE(panel) panel = TYPE(up_panel)(plan, item->expert, number, room.panel);
+        TYPE(panel) panel = TYPE(up_panel)(plan, item->expert, number, room.panel);
+        if (panel.next && number + 1 == item->last && plan->threads > 1) panel.next = panel.at; /* what follows is another thread's */
         for (long r = bounds[0]; r < bounds[1]; r += CHUNK) {
             long rows = bounds[1] - r < CHUNK ? bounds[1] - r : CHUNK;
             TYPE(multiply)(x, r, rows, panel, plan->shape.d_model, room.c);
@@ -118,6 +124,12 @@ static void TYPE(add_rows)(const struct plan *plan, const TYPE(spreading) *from,
     }
 }
 
+/* From behind an item's last panel of the i-th used expert to its first one of the next. */
+INLINE long TYPE(panels_between)(const struct plan *plan, long i, const struct item *item) {
+    const long experts = i + 1 < plan->rows.used_count ? plan->rows.used[i + 1] - plan->rows.used[i] : 1;
+    return experts * plan->shape.d_panels - (item->last - item->first);
+}
+
 static void TYPE(spread)(const struct plan *plan, const struct item *item, int worker, const TYPE(spreading) *from) {
     const TYPE(scratch) room = TYPE(scratch_of)(plan, worker);
     const long D = plan->shape.d_model, begin = item->first * WIDTH, end = item->last * WIDTH < D ? item->last * WIDTH : D;
@@ -128,7 +140,8 @@ static void TYPE(spread)(const struct plan *plan, const struct item *item, int w
         const long stop = first_row_of(plan, plan->call->bounds[e], plan->call->bounds[e + 1], item->token_last);
         const long start = first_row_of(plan, plan->call->bounds[e], stop, item->token_first);
         for (long number = item->first; number < item->last && start < stop; number++) {
-            const TYPE(panel) panel = from->panel(plan, e, number, room.panel);
+            TYPE(panel) panel = from->panel(plan, e, number, room.panel);
+            if (panel.next && number + 1 == item->last) panel.next += (panel.next - panel.at) * TYPE(panels_between)(plan, i, item);
             for (long r = start; r < stop; r += CHUNK) {
                 long rows = stop - r < CHUNK ? stop - r : CHUNK;
                 TYPE(multiply)(from->a, r, rows, panel, from->elements, room.c);

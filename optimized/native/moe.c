@@ -21,7 +21,7 @@ enum {
     CHUNK = 192,             /* rows that are multiplied before the epilogue looks at them: their sums stay in the first-level cache */
     DEPTH = 256,             /* units of a panel that are used at once */
     SLICES = 4,              /* a part of a panel is fetched ahead in so many pieces */
-    FETCHING = 8,            /* added to a number of rows: fetch ahead */
+    ALONE_AHEAD = 32,        /* units of a packed panel that a tile without others fetches before it uses them */
     ITEMS_PER_THREAD = 4,
     KEPT_BYTES = 256 << 20,  /* a workspace up to this size is kept for the next call: new pages cost more than the work on them */
     HUGE_PAGE = 2 << 20,

@@ -28,10 +28,11 @@ typedef struct { const elem *at; long stride; const int32_t *index; } TYPE(matri
 
 INLINE const elem *TYPE(row)(matrix m, long row) { return m.at + (m.index ? m.index[row] : row) * m.stride; }
 
-/* A panel, and how far one unit of it is from the next: packed ones lie close, and one that is used where it lies does not. */
-typedef struct { const elem *at; long stride; } TYPE(panel);
+/* A panel, and how far one unit of it is from the next: packed ones lie close, and one that is used where it lies does not.
+ * `next`: one that was packed long ago, and so must be fetched from memory, is followed by this one; NULL for all others. */
+typedef struct { const elem *at; long stride; const elem *next; } TYPE(panel);
 
-INLINE TYPE(panel) TYPE(whole)(const elem *packed) { return (TYPE(panel)){packed, WIDTH * PER_UNIT}; }
+INLINE TYPE(panel) TYPE(whole)(const elem *packed, const elem *next) { return (TYPE(panel)){packed, WIDTH * PER_UNIT, next}; }
 
 INLINE long TYPE(units)(long elements) { return (elements + PER_UNIT - 1) / PER_UNIT; }
 INLINE long TYPE(padded)(long elements) { return TYPE(units)(elements) * PER_UNIT; }
@@ -96,7 +97,7 @@ INLINE vec TYPE(multiply_add)(vec sum, vec a, vec b) { return sum + a * b; }
  * registers of AVX-512 and NEON, or 6 × 2 of 16, the loop computes more than it loads. Each sum runs over k in order, whatever the
  * number of rows beside it, so no result depends on how rows were grouped. `add`: to what c holds. */
 INLINE void TYPE(tile)(
-    int rows, const elem *const *a, long step, const elem *panel, long stride, long count, float *c, int add, const elem *ahead) {
+    int rows, int slices, const elem *const *a, long step, const elem *panel, long stride, long count, float *c, int add, const elem *ahead) {
     vec sum[TILE_ROWS][STRIPES];
     const long far = stride == WIDTH * PER_UNIT ? 0 : AHEAD * stride; /* what lies close the machine fetches by itself */
 #pragma GCC unroll 8
@@ -108,7 +109,8 @@ INLINE void TYPE(tile)(
         if (far)
 #pragma GCC unroll 8
             for (int j = 0; j < STRIPES; j++) __builtin_prefetch(panel + far + j * LANES * PER_UNIT);
-        if (ahead) __builtin_prefetch(ahead + k * (WIDTH * PER_UNIT / SLICES));
+#pragma GCC unroll 8
+        for (int j = 0; j < slices; j++) __builtin_prefetch(ahead + (k * slices + j) * (WIDTH * PER_UNIT / SLICES));
 #pragma GCC unroll 8
         for (int j = 0; j < STRIPES; j++) b[j] = TYPE(fetch)(panel + j * LANES * PER_UNIT);
 #pragma GCC unroll 8
@@ -124,36 +126,34 @@ INLINE void TYPE(tile)(
         for (int j = 0; j < STRIPES; j++, c += LANES) store(c, add ? load(c) + sum[i][j] : sum[i][j]);
 }
 
-/* The number of rows must be a constant for the sums to live in registers; so must whether there is something to fetch ahead. */
+/* The numbers of rows and of slices must be constants for the sums to live in registers. */
 static void TYPE(some_rows)(
-    int rows, const elem *const *a, long step, const elem *panel, long stride, long count, float *c, int add, const elem *ahead) {
-    switch (rows) {
-    case 1: TYPE(tile)(1, a, step, panel, stride, count, c, add, NULL); break;
-    case 2: TYPE(tile)(2, a, step, panel, stride, count, c, add, NULL); break;
-    case 3: TYPE(tile)(3, a, step, panel, stride, count, c, add, NULL); break;
-    case 4: TYPE(tile)(4, a, step, panel, stride, count, c, add, NULL); break;
-    case 5: TYPE(tile)(5, a, step, panel, stride, count, c, add, NULL); break;
-    case 5 + FETCHING: TYPE(tile)(5, a, step, panel, stride, count, c, add, ahead); break;
-    case 6: TYPE(tile)(6, a, step, panel, stride, count, c, add, NULL); break;
-    case 6 + FETCHING: TYPE(tile)(6, a, step, panel, stride, count, c, add, ahead); break;
-    }
+    int rows, int slices, const elem *const *a, long step, const elem *panel, long stride, long count, float *c, int add, const elem *ahead) {
+#define TILE(R, S) case R * 8 + S: TYPE(tile)(R, S, a, step, panel, stride, count, c, add, ahead); break;
+#define TILES(R) TILE(R, 0) TILE(R, 1) TILE(R, 2) TILE(R, 4)
+    switch (rows * 8 + slices) { TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6) }
+#undef TILES
+#undef TILE
 }
 
 /* c[rows][WIDTH] = A · panel over `count` units, for at most CHUNK rows; unit k of row i is at a[i] + k · step.
  * A part of the panel that stays in the cache serves all rows before the next part is read; and a long sum made of the sums of its
- * parts has a smaller rounding error than one that runs through. Where there are enough tiles, each fetches a slice of the next part,
- * which follows in memory, so that no tile waits for it. */
+ * parts has a smaller rounding error than one that runs through. The tiles share the fetching of the part that follows, so that the
+ * machine multiplies while it reads; a tile without others fetches what it will need itself. */
 static void TYPE(product)(const elem *const *a, long step, long rows, TYPE(panel) panel, long count, float *c) {
-    const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, packed = panel.stride == WIDTH * PER_UNIT;
+    const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, slice = WIDTH * PER_UNIT / SLICES;
+    const int each = tiles >= SLICES ? 1 : tiles > 1 ? 2 : 4;
     for (long k = 0; k < count || k == 0; k += DEPTH) {
         const long part = count - k < DEPTH ? count - k : DEPTH;
-        const elem *here = panel.at + k * panel.stride;
+        const elem *here = panel.at + k * panel.stride, *next = k + part < count ? here + part * panel.stride : panel.next;
         for (long r = 0, t = 0; t < tiles; t++) {
             const int take = (int)((rows - r + tiles - t - 1) / (tiles - t)); /* 7 rows are 4 + 3, not 6 + 1: short tiles waste loads */
-            const int fetching = packed && tiles >= SLICES && t < SLICES && take >= 5 ? FETCHING : 0;
+            const int slices = (tiles > 1 ? next && t * each < SLICES : panel.next != NULL) ? each : 0;
             const elem *from[TILE_ROWS];
             for (int i = 0; i < take; i++) from[i] = a[r + i] + k * step;
-            TYPE(some_rows)(take + fetching, from, step, here, panel.stride, part, c + r * WIDTH, k > 0, here + (SLICES + t) * part * (WIDTH * PER_UNIT / SLICES));
+            TYPE(some_rows)(
+                take, slices, from, step, here, panel.stride, part, c + r * WIDTH, k > 0,
+                !slices ? NULL : tiles > 1 ? next + t * each * part * slice : here + ALONE_AHEAD * WIDTH * PER_UNIT);
             r += take;
         }
     }

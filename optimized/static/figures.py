@@ -128,11 +128,15 @@ def _tool(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def _disassembled(cubin: bytes) -> str:
+def disassembled(cubin: bytes, *options: str) -> str:
+    """The instructions of a binary for NVIDIA, with their labels.
+
+    Without options the flow of data is not looked into: that only labels jumps over the branch stack, of which no loop is made.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return _tool("nvdisasm", "-c", file.name)
+        return _tool("nvdisasm", "-c", *(options or ("-ndf",)), file.name)
 
 
 def _read_nvidia(compiled: Any, log: str) -> dict[str, Any]:
@@ -142,7 +146,7 @@ def _read_nvidia(compiled: Any, log: str) -> dict[str, Any]:
     counts = {kind: len(re.findall(pattern, compiled.asm["ptx"])) for kind, pattern in KINDS.items()}
     kind = next((kind for kind, number in counts.items() if number), "")
     read = {"registers": int(used[1]), "spilled": max(map(int, spilled.groups())), "matrix": kind, "matrix_count": counts.get(kind, 0)}
-    return read | _read_loop(_disassembled(compiled.asm["cubin"]), NVIDIA)
+    return read | read_loop(disassembled(compiled.asm["cubin"]), NVIDIA)
 
 
 def _read_amd(compiled: Any, log: str) -> dict[str, Any]:
@@ -153,10 +157,11 @@ def _read_amd(compiled: Any, log: str) -> dict[str, Any]:
     spilled = fields["vgpr_spill_count"] + fields["private_segment_fixed_size"]
     matrix = len(AMD.matrix.findall(text))
     read = {"registers": fields["vgpr_count"], "spilled": spilled, "matrix": "mfma" if matrix else "", "matrix_count": matrix}
-    return read | _read_loop(text, AMD)
+    return read | read_loop(text, AMD)
 
 
-def _read_loop(text: str, code: Code) -> dict[str, int]:
+def read_loop(text: str, code: Code) -> dict[str, int]:
+    """The figures of the whole code and of its loop."""
     found, labels = instructions(text, code)
     loop = arithmetic_loop(found, labels, code)
     inside = {"loop_matrix": code.matrix, "loop_async": code.copies, "loop_local": code.local}

@@ -63,21 +63,22 @@ def unfounded_rejections(rows: Iterable[Row]) -> list[str]:
     refused: dict[tuple[Any, ...], list[bool]] = {}
     for row in rows:
         if row["origin"] == "rejected":
-            key = (row["target"], row["role"], *row["blocks"].items())
-            refused.setdefault(key, []).append(bool(faults(row)))
-    return [f"{key[0]}, {key[1]}, {dict(key[2:])} is refused without a fault" for key, bad in refused.items() if not any(bad)]
+            blocks = (row["target"], row["role"], *row["blocks"].items())
+            refused.setdefault(blocks, []).append(bool(faults(row)))
+    return [f"{blocks[0]}, {blocks[1]}, {dict(blocks[2:])} is refused without a fault" for blocks, bad in refused.items() if not any(bad)]
 
 
-def _key(row: Row) -> tuple[str, str]:
+def key(row: Row) -> tuple[str, str]:
+    """What tells a row of a result from its others."""
     return row["target"], row["identity"]
 
 
 def changed_registers(rows: Iterable[Row], recorded: Iterable[Row]) -> list[str]:
     """Rows whose registers are not within 16 of the recorded number, and rows that were never recorded."""
-    known = {_key(row): row for row in recorded}
+    known = {key(row): row for row in recorded}
     found = []
     for row in rows:
-        before = known.get(_key(row))
+        before = known.get(key(row))
         if before is None:
             found.append(f"{name(row)}: not in the recorded table; run `moebius kernels` again and commit it")
         elif "error" not in row and abs(row["registers"] - before.get("registers", -1000)) > REGISTERS:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,11 +218,11 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(model_config=config, model=parts["model."], optimizer=parts["optimizer."], **rest)
 
 
-def _record_text(record: Mapping[str, Any]) -> str:
-    """JSON with one line per field and per row of the log, so that a change of it can be read."""
+def record_text(record: Mapping[str, Any], rows: Sequence[str]) -> str:
+    """JSON with one line per field, and per element of the lists named in `rows`, so that a change of it can be read."""
     fields = {name: json.dumps(value, allow_nan=False) for name, value in record.items()}
-    if "log" in record:
-        fields["log"] = "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in record["log"]) + "\n]"
+    for name in (name for name in rows if record.get(name)):
+        fields[name] = "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in record[name]) + "\n]"
     return "{\n" + ",\n".join(f"{json.dumps(name)}: {text}" for name, text in fields.items()) + "\n}\n"
 
 
@@ -239,7 +239,7 @@ def export(
     tensors = {name: tensor.to(dtype) if name in parameters else tensor for name, tensor in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     if record is not None:
-        write_atomically(path.with_suffix(".json"), _record_text(record).encode())
+        write_atomically(path.with_suffix(".json"), record_text(record, ("log",)).encode())
     write_atomically(path, _encode(tensors, {"kind": MODEL, "model_config": model.config.to_dict()}))
     return path
 

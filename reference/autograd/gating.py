@@ -99,8 +99,8 @@ def always_second(gate_TK: Tensor, config: GatingConfig, draws: Draws) -> Tensor
 
 
 def random_second(gate_TK: Tensor, config: GatingConfig, draws: Draws) -> Tensor:
-    """A random second expert, in training (random-second): gate [T, 2], normalized → wanted [T, 2] bool."""
-    second_T = gate_TK[:, 1] / config.second_threshold > draws.uniform("second_choice", gate_TK.shape[:1], gate_TK)
+    """A random second expert, in training (random-second): gate [T, 2], normalized and scaled → wanted [T, 2] bool."""
+    second_T = gate_TK[:, 1] / (config.second_threshold * config.scale) > draws.uniform("second_choice", gate_TK.shape[:1], gate_TK)
     return torch.stack([torch.ones_like(second_T), second_T], 1)
 
 

@@ -87,9 +87,11 @@ def sample(
     model.eval()
     rng, out = torch.Generator().manual_seed(seed), bytearray()
     reader, new = Reader(model, window), list(prompt or START)[-window:]
-    for _ in range(count):
-        logits_V = reader.read(new)
-        new = [int(torch.multinomial(token_probabilities(logits_V, temperature, top_k, top_p), 1, generator=rng))]
-        out += bytes(new)
-    model.train(training)
+    try:
+        for _ in range(count):
+            logits_V = reader.read(new)
+            new = [int(torch.multinomial(token_probabilities(logits_V, temperature, top_k, top_p), 1, generator=rng))]
+            out += bytes(new)
+    finally:  # whoever interrupts a long text may go on training
+        model.train(training)
     return bytes(out)

@@ -65,7 +65,7 @@ class TrainConfig:
     domain_weights         pairs (domain, weight) for drawing sequences; (): all domains equally
     log_every, evaluate_every, heldout   steps between log rows, and between held-out losses of so many windows a domain (0: none)
     checkpoint_every, keep steps between checkpoints (0: at the end only), and how many stay
-    patience               this many steps in a row with NaN or infinite gradients end the run
+    patience               this many steps in a row with NaN or infinite gradients end the run (in a shorter run: all after the first)
     activation_checkpointing   compute blocks again in the backward pass instead of keeping activations
     """
 
@@ -455,7 +455,7 @@ def train(
                 if callback is not None:
                     callback(run.log[-1], model)
             if result.skipped:
-                _check_patience(run.log, step, train_config.patience)
+                _check_patience(run.log, step, min(train_config.patience, max(train_config.steps - 1, 1)))
             if out is not None and (
                 step == train_config.steps or (train_config.checkpoint_every and step % train_config.checkpoint_every == 0)
             ):

@@ -191,7 +191,7 @@ def _judge(
         worst = np.unravel_index(int(np.argmax(by)), error.shape)
         failures.append(
             f"{where}: {measure} error {value:.3g} > {limit:.3g} ({tolerance.dtype}, scale {scale:.3g}); "
-            f"worst at {_index(worst)}: {candidate[worst]:.6g} instead of {truth[worst]:.6g}"
+            f"{f'worst at {_index(worst)}: ' if worst else ''}{candidate[worst]:.6g} instead of {truth[worst]:.6g}"
         )
     return Verdict(where, _relative(rms_error, scale), _relative(float(np.max(error, initial=0.0)), scale), scale, tuple(failures))
 
@@ -226,7 +226,7 @@ def _refused(name: str, dtype: str, why: str) -> Report:
 
 def _first(array: NDArray, where: NDArray) -> str:
     index = tuple(np.argwhere(where)[0])
-    return f"{array[index]} at {_index(index)}"
+    return f"{array[index]} at {_index(index)}" if index else f"{array[index]}"
 
 
 def _index(index: tuple) -> str:
