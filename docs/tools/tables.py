@@ -12,13 +12,14 @@ import kernels
 import measured
 import numpy as np
 import origins
+import pictures
 import ranks
 import rungs
 import sources
 import timings
 from layout import digits, markdown
 
-from reference import cost, example, moe_forward, presets
+from reference import MoEConfig, cost, example, moe_forward, presets
 
 OUTPUT, CACHE = moe_forward(example.inputs(), example.params(), example.CONFIG, training=True)
 ROUTING = OUTPUT.routing
@@ -103,6 +104,31 @@ def granularity() -> str:
     return markdown(["layer", "chosen", "shared", "F", "active width / D", "combinations"], rows)
 
 
+def router_row(config: MoEConfig) -> tuple[str, str, str]:
+    """Scores, gates and what is special of a router that chooses the K highest scores."""
+    gating = config.gating
+    scores = "the logits" if config.scores.function == "identity" else config.scores.function.replace("_", "-")
+    scale = f", × {gating.scale:g}" if gating.scale != 1 else ""
+    special = [
+        *(["K = 1"] if gating.top_k == 1 else []),
+        *([pictures.GROUPS[gating.group_score]] if gating.top_groups < gating.groups else []),
+        *pictures.special_lines(config),
+        *([f"gates {pictures.INPUT_GATES}"] if config.experts.gate_inputs else []),
+    ]
+    return scores, pictures.GATES[gating.normalize] + scale, "; ".join(special)
+
+
+def routers() -> str:
+    """Every published router that chooses the K highest scores, models whose settings read alike in one row."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for name in presets.names():
+        config = presets.get(name)
+        if config.gating.choice == "top_k" and config.experts.count > 1:
+            alike.setdefault(router_row(config), []).append(name)
+    rows = [[*row, " ".join(f"`{name}`" for name in names)] for row, names in alike.items()]
+    return markdown(["scores", "gates", "beside that", "models"], rows, numbers=False)
+
+
 def parity() -> str:
     """How far the writings of each layer are from the NumPy layer, from the committed results."""
     results = json.loads((sources.ROOT / "docs/results/status.json").read_text(encoding="utf-8"))
@@ -119,6 +145,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "example-assignments": example_assignments,
     "preset-sizes": preset_sizes,
     "granularity": granularity,
+    "routers": routers,
     "parity": parity,
     "collapse": measured.collapse,
     "collapse-claims": partial(measured.claims, "collapse"),
