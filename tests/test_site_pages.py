@@ -138,6 +138,17 @@ def test_table_of_routers_has_every_top_k_model_once_and_follows_its_settings(mo
     assert row("olmoe-1b-7b") == ["softmax", "divided by their sum, × 3", "", "`olmoe-1b-7b`"]
 
 
+def test_programs_of_the_readme_run(capsys):
+    """In one namespace, from top to bottom; the model of transformers ends up on the fast path."""
+    names: dict = {}
+    programs = re.findall(r"^```python\n(.*?)^```$", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    for program in programs:
+        exec(compile(program, "README.md", "exec"), names)
+    explained = names["huggingface"].explain(names["model"])
+    assert len(programs) == 2 and explained and all(line.backend for line in explained)
+    assert str(explained[0]) in capsys.readouterr().out
+
+
 def test_chapter_of_gating_types_no_table():
     assert "{{ table routers }}" in WRITTEN["chapters/gating.md"] and "|---" not in WRITTEN["chapters/gating.md"].replace(" ", "")
 
