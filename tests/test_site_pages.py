@@ -10,6 +10,7 @@ from conftest import REPOSITORY
 from site_tools import build, figures, layout, pictures, render, sources, tables
 
 from reference import notation, presets
+from reference.balancing import LOSSES
 from reference.choices import CHOICES
 from reference.experts import ACTIVATIONS
 from reference.gating import GROUP_SCORES, NORMALIZERS
@@ -64,8 +65,9 @@ def test_every_preset_has_a_page(pages):
         (pictures.GROUPS, GROUP_SCORES),
         (pictures.SHARED, SHARED_GATES),
         (pictures.ACTIVATIONS, ACTIVATIONS),
+        (tables.COUNTED, LOSSES),
     ],
-    ids=["choices", "gates", "groups", "shared gates", "activations"],
+    ids=["choices", "gates", "groups", "shared gates", "activations", "losses"],
 )
 def test_pictures_have_words_for_every_row_of_a_table(words, table):
     assert words.keys() == table.keys()
@@ -136,6 +138,15 @@ def test_table_of_routers_has_every_top_k_model_once_and_follows_its_settings(mo
     other = replace(real("olmoe-1b-7b").gating, normalize="sum", scale=3.0)
     monkeypatch.setattr(presets, "get", lambda name: replace(real(name), gating=other) if name == "olmoe-1b-7b" else real(name))
     assert row("olmoe-1b-7b") == ["softmax", "divided by their sum, × 3", "", "`olmoe-1b-7b`"]
+
+
+def test_table_of_losses_has_every_weight_of_every_preset():
+    lines = tables.get("balance-losses").splitlines()
+    for name in presets.names():
+        for loss, weight in presets.get(name).balance.losses:
+            (line,) = [line for line in lines if line.startswith(f"| `{loss}` |")]
+            (entry,) = [entry for entry in line.split("|")[3].split("<br>") if f"`{name}`" in entry]
+            assert float(entry.partition(":")[0]) == weight
 
 
 def test_programs_of_the_readme_run(capsys):

@@ -129,6 +129,34 @@ def routers() -> str:
     return markdown(["scores", "gates", "beside that", "models"], rows, numbers=False)
 
 
+COUNTED = {
+    "first_choice_balance": "first choices",
+    "expert_balance": "all K choices, ÷ K",
+    "sequence_balance": "all K choices, ÷ K, in each sequence",
+    "device_balance": "choices of all experts of a device",
+    "communication_balance": "tokens that are sent to a device",
+    "heterogeneous_balance": "choices, of which networks may have more or fewer than other experts",
+    "router_z": "nothing, it is the z-loss",
+    "importance": "nothing, the sums of gates are evened",
+    "smooth_load": "choices to be expected under the noise",
+    "gate_l1": "all choices, ÷ K; in P's place are the gates",
+}
+"""What f is in each loss of `balancing.LOSSES`; a test holds that none is missing."""
+
+
+def balance_losses() -> str:
+    """Every loss that a preset sets: what it counts, and who gives it which weight."""
+    weights: dict[str, dict[float, list[str]]] = {}
+    for name in presets.names():
+        for loss, weight in presets.get(name).balance.losses:
+            weights.setdefault(loss, {}).setdefault(weight, []).append(f"`{name}`")
+    rows = []
+    for loss, counted in COUNTED.items():
+        told = [f"{weight:g}: {' '.join(names)}" for weight, names in sorted(weights.get(loss, {}).items(), reverse=True)]
+        rows += [[f"`{loss}`", counted, "<br>".join(told)]] if told else []
+    return markdown(["loss", "f counts", "weight"], rows, numbers=False)
+
+
 def parity() -> str:
     """How far the writings of each layer are from the NumPy layer, from the committed results."""
     results = json.loads((sources.ROOT / "docs/results/status.json").read_text(encoding="utf-8"))
@@ -146,6 +174,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "preset-sizes": preset_sizes,
     "granularity": granularity,
     "routers": routers,
+    "balance-losses": balance_losses,
     "parity": parity,
     "collapse": measured.collapse,
     "collapse-claims": partial(measured.claims, "collapse"),
