@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import site_server
 from conftest import REPOSITORY, needs_tool
@@ -325,6 +326,66 @@ def test_instant_navigation_wakes_figures_and_formulas(site, browser):
             page.keyboard.press("ArrowLeft")
             page.wait_for_function("before => document.querySelector('.moe-picture').innerText !== before", arg=before)
         assert visit.documents == 1 and not visit.troubles
+
+
+SCROLLERS = "div.arithmatex, .md-typeset__scrollwrap, .moe-scroll, .md-typeset pre > code"
+SIGNS = f"""() => [...document.querySelectorAll('{SCROLLERS}')].filter((one) => one.clientWidth).map((one) =>
+  ({{cut: one.scrollWidth > one.clientWidth, sign: getComputedStyle(one).backgroundImage !== 'none', focus: one.tabIndex === 0 ||
+    !!one.querySelector('a, button, input'), what: one.className + ': ' + one.innerText.slice(0, 60)}}))"""
+
+
+def test_what_is_cut_on_a_phone_shows_it_and_what_fits_does_not(site, browser):
+    address, folder = site
+    bad, seen = [], {True: 0, False: 0}
+    with Visit(browser, address, viewport={"width": 390, "height": 900}) as visit:
+        for path in paths(folder):
+            page = visit.open(path)
+            page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+            page.wait_for_timeout(50)
+            for block in page.evaluate(SIGNS):
+                seen[block["cut"]] += 1
+                if block["cut"] != block["sign"] or (block["cut"] and not block["focus"]):
+                    bad.append(f"{path}: {block}")
+    assert not bad, "\n".join(bad)
+    assert all(seen.values()), seen
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("path", "kind", "text"),
+    [
+        ("chapters/gating/", "div.arithmatex", "ties"),
+        ("chapters/gating/", "pre > code", "def top_k"),
+        ("chapters/why-sparse/", ".md-typeset__scrollwrap", "gshard-600b"),
+    ],
+    ids=["formula", "code", "table"],
+)
+def test_shadow_lies_where_there_is_more(site, browser, scheme, path, kind, text):
+    """Of the two edges of a block at its start, in the middle and at its end."""
+    with Visit(browser, site[0], viewport={"width": 390, "height": 900}, color_scheme=scheme) as visit:
+        scroller = visit.open(path).locator(kind, has_text=text).first
+        scroller.scroll_into_view_if_needed()
+        shaded = {}
+        for place, share in (("start", 0), ("middle", 0.5), ("end", 1)):
+            scroller.evaluate("(one, share) => { one.scrollLeft = share * (one.scrollWidth - one.clientWidth); }", share)
+            visit.page.wait_for_timeout(300)
+            shaded[place] = shadows(scroller.screenshot())
+        assert shaded == {"start": (False, True), "middle": (True, True), "end": (True, False)}
+
+
+def shadows(png: bytes) -> tuple[bool, bool]:
+    """Whether the ground at the left and at the right edge is another than in between: the commonest colour each."""
+    import io
+
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    width, height = image.size
+    pieces = [
+        image.crop((left, 2, right, height - 2)) for left, right in ((1, 2), (width // 4, width - width // 4), (width - 2, width - 1))
+    ]
+    left, between, right = (np.array(max(piece.getcolors(width * height))[1]) for piece in pieces)
+    return bool(abs(left - between).max() > 20), bool(abs(right - between).max() > 20)
 
 
 def test_diagram_is_drawn_from_our_own_origin(site, browser):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from conftest import REPOSITORY
-from site_tools import build, figures, pictures, render, sources, tables
+from site_tools import build, figures, layout, pictures, render, sources, tables
 
 from reference import notation, presets
+from reference.balancing import LOSSES
 from reference.choices import CHOICES
 from reference.experts import ACTIVATIONS
-from reference.gating import NORMALIZERS
+from reference.gating import GROUP_SCORES, NORMALIZERS
 from reference.proof import bugs
 from reference.shared import SHARED_GATES
 
@@ -57,8 +59,15 @@ def test_every_preset_has_a_page(pages):
 
 @pytest.mark.parametrize(
     ("words", "table"),
-    [(pictures.CHOICES, CHOICES), (pictures.GATES, NORMALIZERS), (pictures.SHARED, SHARED_GATES), (pictures.ACTIVATIONS, ACTIVATIONS)],
-    ids=["choices", "gates", "shared gates", "activations"],
+    [
+        (pictures.CHOICES, CHOICES),
+        (pictures.GATES, NORMALIZERS),
+        (pictures.GROUPS, GROUP_SCORES),
+        (pictures.SHARED, SHARED_GATES),
+        (pictures.ACTIVATIONS, ACTIVATIONS),
+        (tables.COUNTED, LOSSES),
+    ],
+    ids=["choices", "gates", "groups", "shared gates", "activations", "losses"],
 )
 def test_pictures_have_words_for_every_row_of_a_table(words, table):
     assert words.keys() == table.keys()
@@ -112,6 +121,54 @@ def test_source_is_cut_with_its_decorators_and_without_its_docstring():
 def test_links_from_chapters_find_the_museum():
     assert "(../reference/museum.md#softmax-twice)" in render.Page("chapters/losses.md").bug("softmax twice")
     assert "(reference/museum.md#softmax-twice)" in render.Page("index.md").bug("softmax twice")
+
+
+def test_table_of_routers_has_every_top_k_model_once_and_follows_its_settings(monkeypatch):
+    def row(name: str) -> list[str]:
+        (line,) = [line for line in tables.get("routers").splitlines() if f"`{name}`" in line]
+        return [cell.strip() for cell in line.split("|")[1:-1]]
+
+    listed = re.findall(r"`([^`]+)`", tables.get("routers"))
+    assert sorted(listed) == sorted(name for name in presets.names() if presets.get(name).gating.choice == "top_k" and name != "dense")
+    assert row("deepseek-v3")[:2] == ["sigmoid", "divided by their sum, × 2.5"] and "`deepseek-r1`" in row("deepseek-v3")[3]
+    assert row("mixtral-8x7b")[:3] == ["the logits", "a softmax over the chosen", ""]
+    assert row("deepseek-v2")[2] == "groups: the best expert counts" != row("deepseek-v3")[2].partition(";")[0]
+
+    real = presets.get
+    other = replace(real("olmoe-1b-7b").gating, normalize="sum", scale=3.0)
+    monkeypatch.setattr(presets, "get", lambda name: replace(real(name), gating=other) if name == "olmoe-1b-7b" else real(name))
+    assert row("olmoe-1b-7b") == ["softmax", "divided by their sum, × 3", "", "`olmoe-1b-7b`"]
+
+
+def test_table_of_losses_has_every_weight_of_every_preset():
+    lines = tables.get("balance-losses").splitlines()
+    for name in presets.names():
+        for loss, weight in presets.get(name).balance.losses:
+            (line,) = [line for line in lines if line.startswith(f"| `{loss}` |")]
+            (entry,) = [entry for entry in line.split("|")[3].split("<br>") if f"`{name}`" in entry]
+            assert float(entry.partition(":")[0]) == weight
+
+
+def test_programs_of_the_readme_run(capsys):
+    """In one namespace, from top to bottom; the model of transformers ends up on the fast path."""
+    names: dict = {}
+    programs = re.findall(r"^```python\n(.*?)^```$", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    for program in programs:
+        exec(compile(program, "README.md", "exec"), names)
+    explained = names["huggingface"].explain(names["model"])
+    assert len(programs) == 2 and explained and all(line.backend for line in explained)
+    assert str(explained[0]) in capsys.readouterr().out
+
+
+def test_chapter_of_gating_types_no_table():
+    assert "{{ table routers }}" in WRITTEN["chapters/gating.md"] and "|---" not in WRITTEN["chapters/gating.md"].replace(" ", "")
+
+
+def test_only_columns_of_numbers_go_to_the_right():
+    rows = [["a", "loop", "−1.5", "**2**", "*x* 1"], ["b", "sorted", "≈ 10^3^", "none", "3 of 4"]]
+    assert layout.markdown(list("vwxyz"), rows).splitlines()[1] == "| --- | --- | ---: | ---: | ---: |"
+    assert layout.markdown(["v", "w"], [["a", 1]], numbers=False).splitlines()[1] == "| --- | --- |"
+    assert layout.markdown(["v", "w"], []).splitlines()[1] == "| --- | ---: |"
 
 
 def test_a_table_is_computed():

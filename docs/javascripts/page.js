@@ -1,7 +1,20 @@
-// After each page, instant navigation included: what is wider than the page can be scrolled by keyboard, and the search has a name.
-document$.subscribe(({ body }) => {
-  for (const scrolls of body.querySelectorAll(".arithmatex, .md-typeset__scrollwrap, .highlight pre, .moe-scroll")) {
-    if (scrolls.scrollWidth > scrolls.clientWidth && !scrolls.querySelector("a, button, input, code[tabindex]")) scrolls.tabIndex = 0;
+// After each page, instant navigation included: what is wider than its place is marked, so that it shows that it can be scrolled, and can be
+// reached by keyboard; and the search has a name. What is folded or in a hidden tab has no width yet, and a phone can be turned: so sizes
+// are watched.
+const SCROLLERS = "div.arithmatex, .md-typeset__scrollwrap, .moe-scroll, .md-typeset pre > code";
+
+const sizes = new ResizeObserver((changes) => {
+  for (const { target } of changes) {
+    const cut = target.scrollWidth > target.clientWidth;
+    target.toggleAttribute("data-cut", cut);
+    if (target.matches("code")) continue; // the theme's own
+    if (!cut) target.removeAttribute("tabindex");
+    else if (!target.querySelector("a, button, input")) target.tabIndex = 0;
   }
+});
+
+document$.subscribe(({ body }) => {
+  sizes.disconnect();
+  for (const scrolls of body.querySelectorAll(SCROLLERS)) sizes.observe(scrolls);
   body.querySelector("[data-md-component=search] [role=dialog], .md-search[role=dialog]")?.setAttribute("aria-label", "Search");
 });

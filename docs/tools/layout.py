@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,12 @@ def digits(value: float, places: int = 3) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: bool = True) -> str:
-    """A Markdown table; all columns but the first to the right where they hold numbers."""
-    rule = ["---", *(["---:" if numbers else "---"] * (len(header) - 1))]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, rule, *rows))
+    """A Markdown table; right-aligned but for the first column and those whose cells mostly begin as words."""
+    told = [[str(cell) for cell in row] for row in rows]
+    columns = list(zip(*told, strict=True))[1:] if told else [()] * (len(header) - 1)
+    rule = ["---", *("---:" if numbers and 2 * sum(map(_is_word, column)) <= len(column) else "---" for column in columns)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *told))
+
+
+def _is_word(cell: str) -> bool:
+    return bool(re.match(r"[*_~`<]*[^\W\d]", cell))

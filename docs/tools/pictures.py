@@ -25,7 +25,9 @@ CHOICES: dict[str, Callable[[GatingConfig, int], str]] = {
 }
 """How the choice reads, by `gating.choice`; a test holds that none is missing."""
 
-GATES = {"none": "gates are the scores", "sum": "gates are divided by their sum", "softmax": "gates are a softmax over the chosen"}
+GATES = {"none": "the scores", "sum": "divided by their sum", "softmax": "a softmax over the chosen"}
+INPUT_GATES = "multiplied onto the experts' inputs"
+GROUPS = {"max": "groups: the best expert counts", "top2_sum": "groups: the two best experts count"}
 SHARED = {
     "none": "shared output added", "sigmoid": "shared output added, times a sigmoid", "softmax": "routed and shared share one softmax",
 }  # fmt: skip
@@ -36,16 +38,21 @@ ACTIVATIONS = {
 
 def router_lines(config: MoEConfig) -> list[str]:
     """What happens to a token before its experts."""
+    gating = config.gating
+    limit = [f"only {gating.top_groups} of {gating.groups} groups"] if gating.top_groups < gating.groups else []
+    choice = f"choice: {CHOICES[gating.choice](gating, config.experts.count)}"
+    return [f"scores: {config.scores.function.replace('_', '-')}", *limit, choice, *special_lines(config)]
+
+
+def special_lines(config: MoEConfig) -> list[str]:
+    """What a router has beside its scores, its choice and its gates."""
     scores, gating = config.scores, config.gating
-    lines = [f"scores: {scores.function.replace('_', '-')}"]
-    if scores.noise != "none" or scores.logit_noise != "none":
-        lines.append("noise in training")
-    if gating.correction_bias:
-        lines.append("a bias steers the choice, not the gate")
-    if gating.top_groups < gating.groups:
-        lines.append(f"only {gating.top_groups} of {gating.groups} groups")
-    lines.append(f"choice: {CHOICES[gating.choice](gating, config.experts.count)}")
-    return [*lines, "a weak second choice is skipped at random"] if gating.second_choice == "random" else lines
+    lines = {
+        "noise in training": scores.noise != "none" or scores.logit_noise != "none",
+        "a bias steers the choice, not the gate": gating.correction_bias,
+        "a weak second choice is skipped at random": gating.second_choice == "random",
+    }
+    return [line for line, present in lines.items() if present]
 
 
 def capacity_line(capacity: CapacityConfig) -> str:
@@ -59,9 +66,9 @@ def capacity_line(capacity: CapacityConfig) -> str:
 def joining_lines(config: MoEConfig) -> list[str]:
     """What happens to the experts' answers."""
     gating, experts = config.gating, config.experts
-    gates = "weights of the mixture" if gating.choice == "soft" else GATES[gating.normalize]
+    gates = "weights of the mixture" if gating.choice == "soft" else f"gates are {GATES[gating.normalize]}"
     scale = f", × {gating.scale:g}" if gating.scale != 1 else ""
-    where = "multiplied onto the experts' inputs" if experts.gate_inputs else "weighted sum"
+    where = INPUT_GATES if experts.gate_inputs else "weighted sum"
     lines = [gates + scale, where]
     return [*lines, SHARED[experts.shared_gate]] if experts.shared else lines
 

@@ -12,13 +12,14 @@ import kernels
 import measured
 import numpy as np
 import origins
+import pictures
 import ranks
 import rungs
 import sources
 import timings
 from layout import digits, markdown
 
-from reference import cost, example, moe_forward, presets
+from reference import MoEConfig, cost, example, moe_forward, presets
 
 OUTPUT, CACHE = moe_forward(example.inputs(), example.params(), example.CONFIG, training=True)
 ROUTING = OUTPUT.routing
@@ -103,6 +104,59 @@ def granularity() -> str:
     return markdown(["layer", "chosen", "shared", "F", "active width / D", "combinations"], rows)
 
 
+def router_row(config: MoEConfig) -> tuple[str, str, str]:
+    """Scores, gates and what is special of a router that chooses the K highest scores."""
+    gating = config.gating
+    scores = "the logits" if config.scores.function == "identity" else config.scores.function.replace("_", "-")
+    scale = f", × {gating.scale:g}" if gating.scale != 1 else ""
+    special = [
+        *(["K = 1"] if gating.top_k == 1 else []),
+        *([pictures.GROUPS[gating.group_score]] if gating.top_groups < gating.groups else []),
+        *pictures.special_lines(config),
+        *([f"gates {pictures.INPUT_GATES}"] if config.experts.gate_inputs else []),
+    ]
+    return scores, pictures.GATES[gating.normalize] + scale, "; ".join(special)
+
+
+def routers() -> str:
+    """Every published router that chooses the K highest scores, models whose settings read alike in one row."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for name in presets.names():
+        config = presets.get(name)
+        if config.gating.choice == "top_k" and config.experts.count > 1:
+            alike.setdefault(router_row(config), []).append(name)
+    rows = [[*row, " ".join(f"`{name}`" for name in names)] for row, names in alike.items()]
+    return markdown(["scores", "gates", "beside that", "models"], rows, numbers=False)
+
+
+COUNTED = {
+    "first_choice_balance": "first choices",
+    "expert_balance": "all K choices, ÷ K",
+    "sequence_balance": "all K choices, ÷ K, in each sequence",
+    "device_balance": "choices of all experts of a device",
+    "communication_balance": "tokens that are sent to a device",
+    "heterogeneous_balance": "choices, of which networks may have more or fewer than other experts",
+    "router_z": "nothing, it is the z-loss",
+    "importance": "nothing, the sums of gates are evened",
+    "smooth_load": "choices to be expected under the noise",
+    "gate_l1": "all choices, ÷ K; in P's place are the gates",
+}
+"""What f is in each loss of `balancing.LOSSES`; a test holds that none is missing."""
+
+
+def balance_losses() -> str:
+    """Every loss that a preset sets: what it counts, and who gives it which weight."""
+    weights: dict[str, dict[float, list[str]]] = {}
+    for name in presets.names():
+        for loss, weight in presets.get(name).balance.losses:
+            weights.setdefault(loss, {}).setdefault(weight, []).append(f"`{name}`")
+    rows = []
+    for loss, counted in COUNTED.items():
+        told = [f"{weight:g}: {' '.join(names)}" for weight, names in sorted(weights.get(loss, {}).items(), reverse=True)]
+        rows += [[f"`{loss}`", counted, "<br>".join(told)]] if told else []
+    return markdown(["loss", "f counts", "weight"], rows, numbers=False)
+
+
 def parity() -> str:
     """How far the writings of each layer are from the NumPy layer, from the committed results."""
     results = json.loads((sources.ROOT / "docs/results/status.json").read_text(encoding="utf-8"))
@@ -119,6 +173,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "example-assignments": example_assignments,
     "preset-sizes": preset_sizes,
     "granularity": granularity,
+    "routers": routers,
+    "balance-losses": balance_losses,
     "parity": parity,
     "collapse": measured.collapse,
     "collapse-claims": partial(measured.claims, "collapse"),
