@@ -147,7 +147,7 @@ def gates_forward(
 def gates_backward(dgate_TK: np.ndarray, cache: GateCache) -> np.ndarray:
     """dscores [T, E] of `gates_forward`; 0 for every expert that was not chosen."""
     dchosen_TK = NORMALIZERS[cache.config.normalize].backward(dgate_TK * cache.config.scale, cache.inner)
-    dscores_TE = np.zeros((dgate_TK.shape[0], cache.experts), dgate_TK.dtype)
+    dscores_TE = np.zeros((dgate_TK.shape[0], cache.experts), dchosen_TK.dtype)
     np.add.at(dscores_TE, (np.arange(len(dscores_TE))[:, None], cache.expert_TK), np.where(cache.present_TK, dchosen_TK, 0))
     return dscores_TE
 

@@ -10,6 +10,8 @@ import pytest
 from configs import CONFIGS, random_params, random_tokens
 
 from reference import MoEOutput, Routing, chained_backward, moe_backward, moe_forward
+from reference.config import GatingConfig
+from reference.gating import gates_backward, gates_forward
 from reference.layer import BUFFERS, LayerCache
 
 STEP = 1e-5
@@ -137,3 +139,10 @@ def test_padding_and_idle_experts_get_exactly_zero(name: str) -> None:
     for key in dparams:
         own = idle[first:] if key.startswith("experts.constant") else idle[: config.networks]
         assert not key.startswith("experts.") or not dparams[key][own].any()
+
+
+def test_whole_cotangents_of_gates_are_not_cut_to_whole_gradients() -> None:
+    _, cache = gates_forward(np.array([[0.5, 0.3, 0.2]]), np.array([[0, 1]]), GatingConfig(top_k=2, normalize="sum"))
+    whole, wanted = (gates_backward(np.array([[1, 0]], kind), cache) for kind in (np.int64, np.float64))
+    assert wanted.any()
+    np.testing.assert_array_equal(whole, wanted)
