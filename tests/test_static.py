@@ -194,7 +194,10 @@ def recorded() -> dict[str, Any]:
 
 
 # What another Triton than the tested one makes worse: no matrix loop is touched, and the page counts it.
-KNOWN_FAULTS = {"3.9.0": ["sm80, scan, int32, 128, 4 warps, 3 stages (Qwen3-30B-A3B): spills 8 bytes"]}
+KNOWN_FAULTS = {
+    "3.6.0": ["sm80, restore, int32, 64×512, 4 warps, 3 stages (gpt-oss-20b): spills 8 bytes"],
+    "3.9.0": ["sm80, scan, int32, 128, 4 warps, 3 stages (Qwen3-30B-A3B): spills 8 bytes"],
+}
 
 
 @pytest.mark.parametrize("version", TABLES)
