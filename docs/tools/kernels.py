@@ -13,7 +13,7 @@ from typing import Any
 import sources
 from layout import digits, markdown
 
-from optimized.static import sweep, verdicts
+from optimized.static import verdicts
 
 TESTED = "3.7.1"
 RESULTS = "docs/results/kernels-{}.json"
@@ -112,24 +112,27 @@ def layers() -> str:
 
 
 def versions() -> str:
-    """What each Triton makes of the kernels in bf16, target by target."""
-    tested, shown = {verdicts.key(row): row for row in result()["rows"]}, []
-    for version in recorded():
-        for target, own in _by_target(sweep.in_bfloat16(result(version)["rows"])).items():
-            code = [row for row in own if "error" not in row]
-            known = [(row["registers"], tested[verdicts.key(row)]["registers"]) for row in code if verdicts.key(row) in tested]
-            moved = sum(abs(one - other) > verdicts.REGISTERS for one, other in known)
+    """What each Triton makes of the kernels in bf16, target by target: of the specialisations that all of their tables hold."""
+    tables = {version: {verdicts.key(row): row for row in result(version)["rows"]} for version in recorded()}
+    kept = [key for key, row in tables[TESTED].items() if row["origin"] != "rejected" and all(key in table for table in tables.values())]
+    shown = []
+    for version, table in tables.items():
+        for target in dict.fromkeys(target for target, _ in kept):
+            own = [(table[key], tables[TESTED][key]) for key in kept if key[0] == target]
+            code = [(row, tested) for row, tested in own if "error" not in row]
+            moved = sum(abs(row["registers"] - tested["registers"]) > verdicts.REGISTERS for row, tested in code)
             shown.append([
-                version, target, len(own), sum(bool(verdicts.faults(row)) for row in own), sum(row["spilled"] for row in code),
-                _span([row["registers"] for row in code]), "/".join(sorted({row["matrix"] for row in code} - {""})),
-                f"{moved} of {len(known)}",
+                version, target, len(own), sum(bool(verdicts.faults(row)) for row, _ in own), sum(row["spilled"] for row, _ in code),
+                _span([row["registers"] for row, _ in code]), "/".join(sorted({row["matrix"] for row, _ in code} - {""})), moved,
             ])  # fmt: skip
     far = f"registers more than {verdicts.REGISTERS} from {TESTED}'s"
     return markdown(["Triton", "target", "specialisations", "with a fault", "spilled", "registers", "matrix", far], shown)
 
 
-def _by_target(rows: Rows) -> dict[str, Rows]:
-    return {target: [row for row in rows if row["target"] == target] for target in dict.fromkeys(row["target"] for row in rows)}
+def version_faults() -> str:
+    """Everything that is wrong with what another Triton makes of the kernels."""
+    found = [(version, fault) for version in recorded() for fault in result(version)["problems"]]
+    return markdown(["Triton", "fault"], found, numbers=False) if found else "No version makes a kernel with a fault."
 
 
 def counts() -> dict[str, Any]:
@@ -157,4 +160,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernel-rejections": rejections,
     "kernel-layers": layers,
     "kernel-versions": versions,
+    "kernel-version-faults": version_faults,
 }

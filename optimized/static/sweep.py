@@ -7,14 +7,12 @@ import functools
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from reference.config import require
-
-Row = dict[str, Any]
 
 SCHEMA = 1
 INTEGERS, SINGLE = ("histogram", "scan", "scatter", "restore"), ("route", "router's gradient")
@@ -88,11 +86,6 @@ def _variants(plan: Plan, target: str, dtype: str) -> Iterator[tuple[str, str | 
 
 def _dtype_of(role: str, dtype: str) -> str:
     return "int32" if role in INTEGERS else "float32" if role in SINGLE else dtype
-
-
-def in_bfloat16(rows: Iterable[Row]) -> list[Row]:
-    """The kept rows of a result that its bf16 layers launch."""
-    return [row for row in rows if row["origin"] != "rejected" and ("bfloat16" in row["dtypes"] or row["role"] in INTEGERS + SINGLE)]
 
 
 @functools.cache
