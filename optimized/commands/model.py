@@ -44,7 +44,7 @@ def run(
     result = train(TOUR_MODEL, config, corpus, moe_class=track.module(), out=work)
     seconds = time.perf_counter() - began
     versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}}
-    taken = None if resumed else round(seconds, 1)  # of a resumed run only the last part was timed
+    taken = None if resumed else round(seconds, 3)  # of a resumed run only the last part was timed
     record = {"model_config": TOUR_MODEL.to_dict(), "track": track.name, "versions": versions, "seconds": taken, **result.record}
     path = export(target, result.model, record=record)
     size = path.stat().st_size
