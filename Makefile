@@ -51,8 +51,8 @@ lint: $(INSTALLED)  ## style, formatting and spelling
 types: $(INSTALLED)  ## type check of both tracks
 	$(PY) -m pyright --pythonpath $(PY) $(ARGS)
 
-parity: $(INSTALLED)  ## every track against the reference
-	$(MOEBIUS) parity $(ARGS)
+parity: $(INSTALLED)  ## every track against the reference, Triton in its interpreter
+	TRITON_INTERPRET=1 $(MOEBIUS) parity --json docs/results/parity.json $(ARGS); code=$$?; $(PY) docs/tools/readme.py && exit $$code
 
 bench: $(INSTALLED)  ## time the fast path against the limit and every peer (needs a quiet machine)
 	$(MOEBIUS) bench --json docs/results/bench-cpu.json $(ARGS); code=$$?; $(PY) docs/tools/readme.py && exit $$code

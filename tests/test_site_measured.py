@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 from site_tools import layout, measured, plots, readme, render, tables
 
+from optimized import tracks
+from reference import presets
+from reference.proof import cases
+
 
 @pytest.mark.parametrize("name", plots.PLOTS)
 def test_plot_takes_its_colours_from_the_page(name: str) -> None:
@@ -48,9 +52,18 @@ def test_scrubber_knows_every_checkpoint_of_the_run() -> None:
     np.testing.assert_allclose(data["runs"][1]["checkpoints"][3]["layers"][1]["share"], committed["share"], atol=5.1e-4)
 
 
-def test_readme_shows_the_committed_benchmark() -> None:
+def test_readme_shows_the_committed_results() -> None:
     text = readme.README.read_text(encoding="utf-8")
     assert readme.filled(text) == text, "`make readme` writes it again"
-    assert readme.filled(text.replace(readme.table(), "another run's numbers")) == text
+    for table in readme.BLOCKS.values():
+        assert table() in text and readme.filled(text.replace(table(), "another run's numbers")) == text
+
+
+def test_the_committed_parity_is_of_every_track_and_input() -> None:
+    found = measured.result("parity")
+    assert found["broken"] == 0 and found["teeth"]["tried"] > 0 and not found["teeth"]["accepted"]
+    assert found["inputs"] == [*(f"case {case.name}" for case in cases.CASES), *(f"preset {name}" for name in presets.names())]
+    ran = {row["track"] for row in found["rows"] if row["verdict"] != "cannot"}
+    assert ran == {track.name for track in tracks.TRACKS.values()} - {tracks.TRUTH}
     with pytest.raises(ValueError, match="0 places"):
         readme.filled("no such place")

@@ -1,17 +1,22 @@
-"""Write the README's table of the benchmark anew, from the committed result: `make readme`, and `make bench` when it has measured."""
+"""Write the README's tables anew, from the committed results: `make readme`, and `make bench` when it has measured."""
 
 from __future__ import annotations
 
+import json
 import re
 
 import sources
 import timings
+from layout import markdown
+
+from optimized.comparison import Row
+from optimized.tour import worst_of_layers
 
 README = sources.ROOT / "README.md"
-BEGIN, END = "<!-- from docs/results/bench-cpu.json -->", "<!-- end -->"
+BENCH, PARITY, END = "docs/results/bench-cpu.json", "docs/results/parity.json", "<!-- end -->"
 
 
-def table() -> str:
+def bench() -> str:
     """The summary, and how often somebody else is faster."""
     counts, machine = timings.counts(), timings.result()["machine"]
     shapes = "\n".join(f"- {name}: {timings.sizes(name)}" for name in timings.result()["plan"]["shapes"])
@@ -24,12 +29,31 @@ def table() -> str:
     )
 
 
+def parity() -> str:
+    """The worst row of each track and dtype, over all cases and presets."""
+    found = json.loads((sources.ROOT / PARITY).read_text(encoding="utf-8"))
+    rows = worst_of_layers([Row(**row) for row in found["rows"]])
+    lines = [[row.track, row.dtype, row.verdict, f"{row.rms_error:.1e}", f"{row.max_error:.1e}"] for row in rows]
+    tried, accepted = found["teeth"]["tried"], len(found["teeth"]["accepted"])
+    return (
+        f"{markdown(['track', 'dtype', 'verdict', 'RMS error', 'largest error'], lines)}\n\n"
+        f"The worst, by RMS, of {len(found['inputs'])} cases and presets, output and every gradient, relative to the RMS of NumPy in float64.\n"
+        f"Triton ran in its interpreter. The same verdict rejects {tried - accepted} of {tried} outputs that are wrong on purpose."
+    )
+
+
+BLOCKS = {PARITY: parity, BENCH: bench}
+
+
 def filled(text: str) -> str:
-    """The README with the table between its two marks. Raises ValueError where there is not exactly one such place."""
-    made, count = re.subn(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", lambda _: f"{BEGIN}\n{table()}\n{END}", text, flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"{README.name} has {count} places between {BEGIN!r} and {END!r}; it must have one")
-    return made
+    """The README with each table between its two marks. Raises ValueError where there is not exactly one such place."""
+    for source, table in BLOCKS.items():
+        begin = f"<!-- from {source} -->"
+        made = f"{begin}\n{table()}\n{END}"
+        text, count = re.subn(f"{re.escape(begin)}\n.*?{re.escape(END)}", lambda _, made=made: made, text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{README.name} has {count} places between {begin!r} and {END!r}; it must have one")
+    return text
 
 
 if __name__ == "__main__":

@@ -58,4 +58,4 @@ def run(
     for line in [*failures(rows), *(f"accepted although wrong: {name}" for name in tried.accepted[:6])]:
         out.print(line, style="red", markup=False)
     data = {"inputs": list(inputs), "rows": rows, "broken": len(broken), "teeth": tried}
-    return Result(data, not broken and not tried.accepted)
+    return Result(data, not broken and not tried.accepted, ("rows",))
