@@ -37,7 +37,7 @@ def parity() -> str:
     tried, accepted = found["teeth"]["tried"], len(found["teeth"]["accepted"])
     return (
         f"{markdown(['track', 'dtype', 'verdict', 'RMS error', 'largest error'], lines)}\n\n"
-        f"The worst, by RMS, of {len(found['inputs'])} cases and presets, output and every gradient, relative to the RMS of NumPy in float64.\n"
+        f"The worst, by RMS, of {len(found['inputs'])} cases and presets, output and gradients, relative to the RMS of NumPy in float64.\n"
         f"Triton ran in its interpreter. The same verdict rejects {tried - accepted} of {tried} outputs that are wrong on purpose."
     )
 
