@@ -141,11 +141,11 @@ static void TYPE(some_rows)(
  * parts has a smaller rounding error than one that runs through. The tiles share the fetching of the part that follows, so that the
  * machine multiplies while it reads; a tile without others fetches what it will need itself. */
 static void TYPE(product)(const elem *const *a, long step, long rows, TYPE(panel) panel, long count, float *c) {
-    const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, slice = WIDTH * PER_UNIT / SLICES;
+    const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, slice = WIDTH * PER_UNIT / SLICES, packed = panel.stride == WIDTH * PER_UNIT;
     const int each = tiles >= SLICES ? 1 : tiles > 1 ? 2 : 4;
     for (long k = 0; k < count || k == 0; k += DEPTH) {
         const long part = count - k < DEPTH ? count - k : DEPTH;
-        const elem *here = panel.at + k * panel.stride, *next = k + part < count ? here + part * panel.stride : panel.next;
+        const elem *here = panel.at + k * panel.stride, *next = packed && k + part < count ? here + part * panel.stride : panel.next;
         for (long r = 0, t = 0; t < tiles; t++) {
             const int take = (int)((rows - r + tiles - t - 1) / (tiles - t)); /* 7 rows are 4 + 3, not 6 + 1: short tiles waste loads */
             const int slices = (tiles > 1 ? next && t * each < SLICES : panel.next != NULL) ? each : 0;
