@@ -20,7 +20,11 @@ from .tokens import TokenInfo
 
 
 class LossInputs(NamedTuple):
-    """What a balance loss can see; picked_TK are the assignments before the drop, gate_TK their gates; noise: that of the logits."""
+    """What a balance loss can see.
+
+    picked_TK, gate_TK   the assignments before the drop, and their gates
+    noise                that of the logits
+    """
 
     logits_TE: np.ndarray
     scores_TE: np.ndarray
@@ -87,10 +91,10 @@ def first_choice_balance_forward(inputs: LossInputs) -> tuple[np.ndarray, Balanc
 
 
 def expert_balance_forward(inputs: LossInputs) -> tuple[np.ndarray, BalanceCache]:
-    """DeepSeekMoE's expert-level loss (loss-expert): L = Σ_e f_e P_e, f_e = E/(K T) · load_e; 1 at even load for every K.
+    """DeepSeekMoE's expert-level loss (loss-expert): L = E Σ_e f_e P_e, f_e = load_e / (K T); 1 at even load for every K.
 
-    Gradient: dp_te = f_e / T.
-    Source: Dai et al. 2024, eq. 12–14 (N′ and K′ count routed experts only).
+    Gradient: dp_te = E f_e / T.
+    Source: Dai et al. 2024, eq. 12–14 (N′ and K′ count routed experts only; the paper draws the factor E into f).
     Deviates: transformers' `load_balancing_loss_func` does not divide by K (even load gives K) and pools all layers, so that layers
     which collapse on different experts look even.
     """
@@ -99,10 +103,10 @@ def expert_balance_forward(inputs: LossInputs) -> tuple[np.ndarray, BalanceCache
 
 
 def sequence_balance_forward(inputs: LossInputs) -> tuple[np.ndarray, BalanceCache]:
-    """DeepSeek-V3's complementary loss (loss-sequence): the mean over sequences of Σ_e f_e P_e inside one sequence.
+    """DeepSeek-V3's complementary loss (loss-sequence): the mean over sequences of E Σ_e f_e P_e inside one sequence.
 
     f counts the top-K of the scores *without* correction bias and group limit; P is the mean of the normalized scores.
-    Gradient: dp_te = f_e / (T_s · number of sequences).
+    Gradient: dp_te = E f_e / (T_s · number of sequences).
     Source: DeepSeek-V3 technical report, eq. 17–20.
     """
     tokens, experts = inputs.tokens, inputs.scores_TE.shape[1]
@@ -120,10 +124,10 @@ def _weighted_forward(frequency_E: np.ndarray, inputs: LossInputs) -> tuple[np.n
 
 
 def device_balance_forward(inputs: LossInputs) -> tuple[np.ndarray, BalanceCache]:
-    """DeepSeekMoE's device-level loss (loss-device): L = Σ_g f'_g P'_g over groups of experts that share a device; 1 at even load.
+    """DeepSeekMoE's device-level loss (loss-device): L = E Σ_g f'_g P'_g over groups of experts that share a device; 1 at even load.
 
     f'_g is the mean of the group's f_e, P'_g the sum of its P_e: experts of one device may differ as long as the devices do not.
-    Gradient: dp_te = f'_g(e) / T. With one group it is constant and teaches nothing.
+    Gradient: dp_te = E f'_g(e) / T. With one group it is constant and teaches nothing.
     Source: Dai et al. 2024, eq. 15–17; DeepSeek-V2, eq. 26–28. The groups are those of gating.groups.
     Deviates: DeepSeek-V2 computes it for each sequence, here over all tokens.
     """
@@ -151,8 +155,8 @@ def communication_balance_forward(inputs: LossInputs) -> tuple[np.ndarray, Balan
 def heterogeneous_balance_forward(inputs: LossInputs) -> tuple[np.ndarray, BalanceCache]:
     """MoE++'s loss (loss-heterogeneous): L = (N + Z/τ) Σ_e η_e f_e P_e, η = 1 for the N networks and τ for the Z other experts.
 
-    f_e is the expert's share of the load. 1 where each network has τ times the load and the score of each other expert, the least that L
-    can be there; with τ = 1 it is `expert_balance_forward`. Gradient: dp_te = (N + Z/τ) η_e f_e / T.
+    f_e is the expert's share of the load. 1 where each network has τ times the load and the score of each other expert; with
+    τ = 1 it is `expert_balance_forward`. Gradient: dp_te = (N + Z/τ) η_e f_e / T.
     Source: Jin et al. 2024 (MoE++), eq. 7.
     Deviates: the paper has neither N + Z/τ nor 1/K in f, so that its loss is K / (N + Z/τ) where this one is 1.
     """
@@ -233,6 +237,7 @@ LOSSES: dict[str, Loss] = {
     "smooth_load": Loss(smooth_load_forward, smooth_load_backward),
     "gate_l1": Loss(gate_l1_forward, gate_l1_backward),
 }
+"""What `BalanceConfig.losses` can name."""
 
 
 def no_bias_update(correction_bias: np.ndarray, load_E: np.ndarray, rate: float) -> np.ndarray:
@@ -278,10 +283,11 @@ BIAS_RULES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
     "centered_sign": centered_sign_bias_update,
     "proportional": proportional_bias_update,
 }
+"""What `BalanceConfig.bias_rule` can name: (correction bias [E], load [E], rate) → new bias [E]."""
 
 
 def max_violation(load_E: np.ndarray) -> float:
-    """How much the busiest expert exceeds the mean (max-violation): max_e load_e / mean − 1, in [0, E − 1]; 0 without any load.
+    """How much the busiest expert exceeds the mean (max-violation): max_e load_e / mean − 1, at most E/K − 1; 0 even or without any load.
 
     Source: Wang et al. 2024, §4.1, eq. 4.
     """

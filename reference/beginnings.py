@@ -16,7 +16,7 @@ from .scores import softmax_forward
 
 
 class Task(NamedTuple):
-    """x [T, 3]: points of the square [−1, 1]², and a constant 1; target [T]; region [T]: which of the four planes made it."""
+    """x [T, 3]: points of the square [−1, 1]², and a constant 1; target [T], made by a plane; region [T]: which of the four it was."""
 
     x_TD: np.ndarray
     target_T: np.ndarray
@@ -113,6 +113,7 @@ OBJECTIVES: dict[str, Callable[[Answers, np.ndarray, float], Objective]] = {
     "expected": expected,
     "competitive": competitive,
 }
+"""The three losses by name: (answers, target [T], deviation σ) → loss and cotangents."""
 
 
 def objective(model: LocalExperts, task: Task, name: str, deviation: float = 1.0) -> tuple[float, LocalExperts]:

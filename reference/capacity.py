@@ -45,6 +45,7 @@ FORMULAS: dict[str, Callable[[float, int, int, Any], int]] = {
     "per_assignment": per_assignment,
     "per_token": per_token,
 }
+"""What `CapacityConfig.formula` can name: (factor, K, tokens of the group, experts) → slots of an expert."""
 
 
 def group_capacity(config: CapacityConfig, top_k: int, experts: int | Fraction, tokens: TokenInfo, *, training: bool) -> np.ndarray:
@@ -133,6 +134,7 @@ ORDERS: dict[str, Order] = {
     "batch_prioritized": Order(batch_prioritized),
     "random": Order(in_random_order, in_evaluation="choice_major"),
 }
+"""What `CapacityConfig.order` can name."""
 
 
 def queue_order(gate_TK: np.ndarray, order: str, draws: Draws, *, training: bool) -> np.ndarray:
@@ -211,3 +213,4 @@ RECYCLES: dict[str, Callable[[Placed, np.ndarray, np.ndarray, int, TokenInfo, Dr
     "none": drop_for_good,
     "random": recycle_at_random,
 }
+"""What `CapacityConfig.recycle` can name: (placed, wanted [T, K], capacity, experts, tokens, draws) → placed."""

@@ -18,6 +18,7 @@ from .soft import check_soft
 from .tokens import TokenInfo
 
 Chosen = tuple[np.ndarray, np.ndarray]
+"""(expert [T, K] int64, picked [T, K] bool): the experts of each token, and which of these assignments exist."""
 
 
 class ChoiceContext(NamedTuple):
@@ -237,6 +238,7 @@ CHOICES: dict[str, Choice] = {
     "positive": Choice(choose_positive, every_expert=True, biased=True),
     "soft": Choice(choose_all, every_expert=True, mixes=True, check=check_soft),
 }
+"""What `GatingConfig.choice` can name."""
 
 
 def slots(config: GatingConfig, experts: int) -> int:

@@ -22,6 +22,7 @@ from .zero_computation import networks_per_token, zero_computation_shapes
 
 LAYER_COMPONENTS = {"router": "router", "experts": "routed_experts", "shared": "shared_experts"}  # by first word of a parameter's name
 COMPONENTS = ("embedding", "attention", "cross_attention", "norms", "dense_ffn", *LAYER_COMPONENTS.values(), "head")
+"""The parts in which parameters are counted."""
 
 
 class Parameters(NamedTuple):

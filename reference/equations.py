@@ -41,7 +41,7 @@ ROUTERS = {
     "loss-smooth-load": Equation(
         r"\mathcal{L} = \text{CV}^2(\hat\ell)", "reference.noise.smooth_load_forward", "Shazeer 2017"),
     "loss-gate-l1": Equation(
-        r"\mathcal{L} = \frac{1}{T} \sum_t \sum_e f_e s_{te}, \quad f_e = \frac{E}{K T}\, \ell_e", "reference.penalty.gate_l1_forward",
+        r"\mathcal{L} = \frac{E}{T} \sum_t \sum_e f_e s_{te}, \quad f_e = \frac{\ell_e}{K T}", "reference.penalty.gate_l1_forward",
         "ReMoE"),
     "penalty-update": Equation(
         r"\lambda \leftarrow \lambda \, \alpha^{\operatorname{sign}\left(\frac{1}{T} \sum_e \ell_e - K\right)}",

@@ -13,6 +13,7 @@ from .scores import sigmoid
 from .zero_computation import ZeroComputationCache, zero_computation_backward, zero_computation_forward
 
 Params = dict[str, np.ndarray]
+"""Arrays by name: parameters and buffers, or gradients."""
 
 
 def relu_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -148,6 +149,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "geglu": Activation(True, geglu_forward, geglu_backward),
     "clamped_swiglu": Activation(True, clamped_swiglu_forward, clamped_swiglu_backward),
 }
+"""What `ExpertsConfig.activation` can name."""
 
 
 def first_matrix(config: ExpertsConfig) -> str:
@@ -224,7 +226,7 @@ def _expert(params: Params, config: ExpertsConfig, number: int) -> FFN:
 def experts_forward(
     rows_ND: np.ndarray, bounds_P: np.ndarray, params: Params, config: ExpertsConfig, factor: np.ndarray | None = None
 ) -> tuple[np.ndarray, ExpertsCache]:
-    """Every expert on its own rows (experts): out[b_e : b_e+1] = FFN_e(rows[b_e : b_e+1]).
+    """Every expert on its own rows (experts): out[b_e : b_{e+1}] = FFN_e(rows[b_e : b_{e+1}]).
 
     Shapes: rows [N, D] sorted by expert, bounds [E + 1], factor [N, F] of dropout → (out [N, D], cache). An expert without rows computes
     nothing.

@@ -35,6 +35,7 @@ def group_top2_sum(choice_TGI: np.ndarray) -> np.ndarray:
 
 
 GROUP_SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"max": group_max, "top2_sum": group_top2_sum}
+"""What `GatingConfig.group_score` can name: choice [T, G, E/G] → [T, G]."""
 
 
 def limit_to_groups(choice_TE: np.ndarray, config: GatingConfig) -> np.ndarray:
@@ -107,6 +108,7 @@ NORMALIZERS: dict[str, Normalizer] = {
     "sum": Normalizer(sum_normalizer_forward, sum_normalizer_backward),
     "softmax": Normalizer(softmax_normalizer_forward, softmax_backward, -np.inf),
 }
+"""What `GatingConfig.normalize` can name."""
 
 
 class GateCache(NamedTuple):
@@ -197,3 +199,4 @@ def random_second(gate_TK: np.ndarray, config: GatingConfig, draws: Draws) -> np
 
 
 SECOND_CHOICES: dict[str, Callable[[np.ndarray, GatingConfig, Draws], np.ndarray]] = {"always": always_second, "random": random_second}
+"""What `GatingConfig.second_choice` can name: (gate [T, K], config, draws) → wanted [T, K] bool."""

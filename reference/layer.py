@@ -30,7 +30,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class MoEOutput:
-    """y [T, D]; loss, the losses weighted by config.balance (0 in evaluation); losses by name, unweighted (empty in evaluation)."""
+    """What a layer says of its tokens.
+
+    y         [T, D]
+    loss      the losses weighted by config.balance; 0 in evaluation
+    losses    by name, unweighted; empty in evaluation
+    routing   what the router decided
+    """
 
     y: np.ndarray
     loss: float
@@ -133,7 +139,7 @@ def moe_forward(
 ) -> tuple[MoEOutput, LayerCache]:  # fmt: skip
     """A Mixture-of-Experts layer (moe): y_t = Σ_k g_tk FFN_{e_tk}(x_t) + FFN_shared(x_t).
 
-    Shapes: x [T, D]; token_ids, group_ids [T] int; pad_mask [T] bool, True for padding, whose y is 0.
+    Shapes: x [T, D]; token_ids, group_ids [T] int (without: one group); pad_mask [T] bool, True for padding, whose y is 0.
     training switches noise, random second choices, the training capacity and the losses on; rng is needed where something is drawn.
     replay: an earlier routing, whose decisions and draws are used again.
     previous_logits: [T, E], the `routing.logits` of the MoE layer before, for a config with scores.residual; without them, as in the

@@ -64,7 +64,8 @@ class ModelConfig:
                     (0: none); both rules hold for encoder and decoder alike
     expert_counts   E of each MoE layer, the largest moe.experts.count, where the layers differ (PR-MoE); empty: all have that
     dense_width     F of a dense FFN;  dense_activation: its activation;  extra_dense: a dense FFN also follows each MoE layer (ST-MoE)
-    vocabulary, tied_embeddings, max_positions (learned positions; 0: none), source: where the sizes are published
+    vocabulary      V;  tied_embeddings: whether head and embedding are one array;  max_positions: learned positions (0: none)
+    source          where the sizes are published
     """
 
     name: str

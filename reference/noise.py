@@ -95,6 +95,7 @@ LOGIT_NOISE: dict[str, LogitNoise] = {
     "none": LogitNoise(no_logit_noise_forward, no_logit_noise_backward, learned=False),
     "learned": LogitNoise(learned_noise_forward, learned_noise_backward, learned=True),
 }
+"""What `ScoresConfig.logit_noise` can name."""
 
 
 def squared_variation(amount_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

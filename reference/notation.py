@@ -9,7 +9,7 @@ from .equations import ROUTERS, Equation
 
 LETTERS = {
     "B": "sequences; GShard's groups are these",
-    "S": "positions in a sequence",
+    "S": "positions in a sequence; of a group whose capacity is counted, its tokens without padding",
     "T": "tokens, B · S where the sequences are equally long",
     "D": "model width",
     "F": "width of an expert",
@@ -175,14 +175,14 @@ EQUATIONS = {
         r"\mathcal{L} = E \sum_e f_e P_e, \quad f_e = \frac{1}{T} \bigl|\{t : e_{t1} = e\}\bigr|",
         "reference.balancing.first_choice_balance_forward", "Switch"),
     "loss-expert": Equation(
-        r"\mathcal{L} = \sum_e f_e P_e, \quad f_e = \frac{E}{K T}\, \ell_e", "reference.balancing.expert_balance_forward", "DeepSeekMoE"),
+        r"\mathcal{L} = E \sum_e f_e P_e, \quad f_e = \frac{\ell_e}{K T}", "reference.balancing.expert_balance_forward", "DeepSeekMoE"),
     "loss-sequence": Equation(
-        r"\mathcal{L} = \frac{1}{B} \sum_b \sum_e f_{be} P_{be}, \quad "
-        r"f_{be} = \frac{E}{K T_b} \sum_{t \in b} \mathbf{1}[e \in \operatorname{top}K_j\, s_{tj}], "
+        r"\mathcal{L} = \frac{E}{B} \sum_b \sum_e f_{be} P_{be}, \quad "
+        r"f_{be} = \frac{1}{K T_b} \sum_{t \in b} \mathbf{1}[e \in \operatorname{top}K_j\, s_{tj}], "
         r"\quad P_{be} = \frac{1}{T_b} \sum_{t \in b} p_{te}",
         "reference.balancing.sequence_balance_forward", "DeepSeek-V3"),
     "loss-device": Equation(
-        r"\mathcal{L} = \sum_g f'_g P'_g, \quad f'_g = \frac{1}{|\mathcal{G}_g|} \sum_{e \in \mathcal{G}_g} f_e, "
+        r"\mathcal{L} = E \sum_g f'_g P'_g, \quad f'_g = \frac{1}{|\mathcal{G}_g|} \sum_{e \in \mathcal{G}_g} f_e, "
         r"\quad P'_g = \sum_{e \in \mathcal{G}_g} P_e",
         "reference.balancing.device_balance_forward", "DeepSeekMoE"),
     "loss-communication": Equation(
@@ -267,7 +267,7 @@ EQUATIONS = {
         r"b \Bigl( T D + P_{\text{resident}} + \frac{E_{\text{touched}}}{E} P_{\text{experts}} \Bigr)", "reference.cost.weight_bytes"),
     "activation-bytes": Equation(
         r"b\, T \bigl( D + E + K (2 D + M + F) + M_{\text{shared}} + F_{\text{shared}} \bigr)", "reference.cost.activation_bytes"),
-    "dense-equal": Equation(r"F^* = \frac{P_{\text{layer}}}{3 D}", "reference.cost.dense_equal"),
+    "dense-equal": Equation(r"F^* = \frac{P_{\text{active}}}{3 D} \text{ or } \frac{P_{\text{total}}}{3 D}", "reference.cost.dense_equal"),
     "loss-cooperative": Equation(
         r"\mathcal{L} = \frac{1}{T} \sum_t \Bigl( y_t - \sum_e g_{te} o_{te} \Bigr)^2", "reference.beginnings.cooperative", "Jacobs 1991"),
     "loss-expected": Equation(

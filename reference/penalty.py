@@ -19,10 +19,10 @@ class GateL1Cache(NamedTuple):
 
 
 def gate_l1_forward(inputs: LossInputs) -> tuple[np.ndarray, GateL1Cache]:
-    """The L1 norm of the gates, dearer for busy experts (loss-gate-l1): L = 1/T Σ_t Σ_e f_e s_te, f_e = E/(K T) · load_e, for scores ≥ 0.
+    """The L1 norm of the gates, dearer for busy experts (loss-gate-l1): L = E/T Σ_t Σ_e f_e s_te, f_e = load_e / (K T), for scores ≥ 0.
 
     Without a lower bound but 0, where no expert is on: hence its weight is multiplied by a penalty that moves (`update_penalty`).
-    Gradient: ds_te = f_e / T; f is a count and has none.
+    Gradient: ds_te = E f_e / T; f is a count and has none.
     Source: Wang et al. 2024 (ReMoE), §3.4, its load-balancing L1 term.
     Deviates: ReMoE averages over all layers and has one penalty for all; here each layer has its own.
     """

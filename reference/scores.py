@@ -107,6 +107,7 @@ INPUT_NORMS: dict[str, Stage] = {
     "none": Stage(no_norm_forward, no_norm_backward),
     "rms": Stage(rms_norm_forward, rms_norm_backward),
 }
+"""What `ScoresConfig.input_norm` can name."""
 
 
 def softcap_forward(logits_TE: np.ndarray, cap: float) -> tuple[np.ndarray, np.ndarray]:
@@ -140,6 +141,7 @@ def no_noise(x_TD: np.ndarray, scale: float, draws: Draws) -> tuple[np.ndarray, 
 
 
 INPUT_NOISE: dict[str, Callable[[np.ndarray, float, Draws], tuple[np.ndarray, np.ndarray]]] = {"none": no_noise, "jitter": jitter}
+"""What `ScoresConfig.noise` can name: (x [T, D], scale, draws) → (x with its noise, the factor)."""
 
 
 def softmax_forward(logits_TE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -264,3 +266,4 @@ SCORE_FUNCTIONS: dict[str, ScoreFunction] = {
     "relu": ScoreFunction(relu_score_forward, relu_score_backward, share_forward, share_backward),
     "identity": ScoreFunction(identity_forward, identity_backward, softmax_forward, softmax_backward),
 }
+"""What `ScoresConfig.function` can name."""

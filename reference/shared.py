@@ -76,6 +76,7 @@ SHARED_GATES: dict[str, SharedGate] = {
     "sigmoid": SharedGate(1, False, sigmoid_forward, sigmoid_backward),
     "softmax": SharedGate(2, True, softmax_shares_forward, softmax_shares_backward),
 }
+"""What `ExpertsConfig.shared_gate` can name."""
 
 
 def shared_gate_shapes(d_model: int, config: ExpertsConfig) -> dict[str, tuple[int, ...]]:

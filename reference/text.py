@@ -49,6 +49,7 @@ OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
 }
 
 Document = tuple[str, bytes]
+"""(name, content)."""
 
 
 def _hash(name: str) -> bytes:

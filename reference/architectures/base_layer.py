@@ -1,4 +1,4 @@
-"""BASE: training solves an assignment problem, so that every expert has the same number of tokens, without a loss or a capacity.
+"""BASE layers: training solves an assignment problem, so that every expert has the same number of tokens, without a loss or a capacity.
 
 Source: Lewis et al. 2021 (BASE layers, arXiv 2103.16716), §3.
 Specific: the affinity of a token and an expert is a product of two vectors; of all ways to give each expert as many tokens, the one of the

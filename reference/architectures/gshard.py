@@ -4,7 +4,7 @@ Source: Lepikhin et al. 2020 (GShard, arXiv 2006.16668), algorithms 1 and 2.
 Specific: gates are normalized before anything is dropped; all first choices find their slots before the first second choice does; the
 second expert is taken with probability min(1, 2·g₂); overflow goes to the residual stream.
 Deviates: in algorithm 1 a second choice that the draw rejects still uses up a slot; lingvo and mesh-tensorflow free it, and so does
-this. The loss is E Σ f P over all groups, as code has it; the paper's is E² times smaller, and one per group.
+this. The loss is E Σ f P, as in code, but over all groups at once where code has one per group; the paper's is E² times smaller.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Source: Jiang et al. 2024 (Mixtral of Experts, arXiv 2401.04088), §2.1.
 Specific: TopK keeps two logits and sets the others to −∞ before the softmax, which equals softmax, top-2, divided by their sum.
-Deviates: the paper states no balance loss; the released configuration carries a weight for the one of GShard's kind, here normalized
+Deviates: the paper states no balance loss; the released configuration carries a weight for one over all K choices, here normalized
 to be 1 at an even load (transformers' version of it is K at an even load).
 """
 

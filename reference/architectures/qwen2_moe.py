@@ -1,7 +1,7 @@
 """Qwen2-MoE: fine-grained experts beside shared ones that each token turns up or down.
 
 Source: Yang et al. 2024 (Qwen2, arXiv 2407.10671), §2.2.2; Qwen1.5-MoE is the same layer. The sigmoid is in the released code.
-Specific: gates are the plain probabilities of the chosen experts, not divided by their sum; σ(w·x_t) weighs the shared experts.
+Specific: gates are the plain probabilities of the chosen experts, not divided by their sum; σ(w·x) weighs the shared experts.
 Deviates: the loss is 1 at an even load; transformers' version, whose weight is published, is K there.
 """
 

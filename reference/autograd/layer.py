@@ -44,7 +44,12 @@ class Routing(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """loss, the losses weighted by config.balance (0 in evaluation); losses by name, unweighted (empty in evaluation); the routing."""
+    """What a layer says beside y.
+
+    loss      the losses weighted by config.balance; 0 in evaluation
+    losses    by name, unweighted; empty in evaluation
+    routing   what the router decided
+    """
 
     loss: Tensor
     losses: dict[str, Tensor]
@@ -396,10 +401,10 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, Aux]:  # fmt: skip
         """(y, aux) of x (…, S, D): y has the shape and dtype of x, the tensors of aux.routing count tokens as x.flatten(0, -2).
 
-        Shapes: token_ids, group_ids int and pad_mask bool (True: padding), of x.shape[:-1]. Without group_ids each leading index of x
-        is a group, and an x of two dimensions is one. replay: an earlier `aux.routing`, of this or of another track, whose decisions
-        and draws are used again. previous_logits [T, E]: the `aux.routing.logits` of the MoE layer before, where the config has
-        scores.residual; without them, as in the first layer, the term is absent.
+        Shapes: token_ids, group_ids int and pad_mask bool (True: padding), of x.shape[:-1]. Without group_ids each leading index of x is a
+        group, and an x of two dimensions is one, whose tokens all compete for places. replay: an earlier `aux.routing`, of this or of
+        another track, whose decisions and draws are used again. previous_logits [T, E]: the `aux.routing.logits` of the MoE layer before,
+        where the config has scores.residual; without them, as in the first layer, the term is absent.
         The training mode switches noise, random second choices, the training capacity and the losses on.
         Raises: ValueError for a wrong shape or dtype, or a replay that does not fit; under MOEBIUS_CHECK=1 also for NaN and infinity.
         """

@@ -78,7 +78,9 @@ def sample(
 ) -> bytes:  # fmt: skip
     """`count` bytes that go on from `prompt` (which is not repeated), the model in evaluation mode; equal seeds give equal bytes.
 
-    temperature, top_k, top_p   see `token_probabilities`;  window   positions at most, best the length the model was trained on
+    temperature, top_k, top_p   see `token_probabilities`
+    window                      positions at most, best the length the model was trained on
+
     Where expert capacity is limited or experts choose tokens, a byte that comes alone is routed without the bytes before it.
     Raises: ValueError for a value outside its range, and for a model whose tokens are no bytes.
     """

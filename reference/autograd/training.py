@@ -30,6 +30,7 @@ from .layer import MoE
 from .transformer import LanguageModel, ModelAux, bits_per_byte, cross_entropy
 
 Row = dict[str, Any]
+"""A row of the log: numbers and names, ready for JSON."""
 
 
 def constant(progress: float) -> float:
@@ -43,6 +44,7 @@ def cosine(progress: float) -> float:
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine": cosine}
+"""What `TrainConfig.schedule` can name: progress in [0, 1] → factor of the learning rate."""
 
 # Name → (dtype of parameters and moments, dtype in which autocast computes products or None).
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
@@ -64,7 +66,7 @@ class TrainConfig:
     seed, dtype            "float32" | "float64" | "bfloat16" (parameters in fp32, products in bf16)
     domain_weights         pairs (domain, weight) for drawing sequences; (): all domains equally
     log_every, evaluate_every, heldout   steps between log rows, and between held-out losses of so many windows a domain (0: none)
-    checkpoint_every, keep steps between checkpoints (0: at the end only), and how many stay
+    checkpoint_every, keep   steps between checkpoints (0: at the end only), and how many stay
     patience               this many steps in a row with NaN or infinite gradients end the run (in a shorter run: all after the first)
     activation_checkpointing   compute blocks again in the backward pass instead of keeping activations
     """
@@ -197,7 +199,13 @@ class Run(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """loss and ce (means over micro-batches), load and kept assignments by MoE layer, the gradients' norm, and why the step was skipped."""
+    """What one step of the optimizer did.
+
+    loss, ce     means over micro-batches: the objective, and the cross-entropy in it
+    load, kept   assignments by MoE layer, before the drop and after it
+    norm         of all gradients together
+    skipped      why, if the step was
+    """
 
     loss: float
     ce: float

@@ -121,9 +121,8 @@ def _allowed(length: int, past: int, pad_mask_BS: Tensor | None, device: torch.d
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions.
+    """Causal grouped-query attention with rotary positions; `layer` is its number in a `KVCache`.
 
-    Shapes: hidden [B, S, D] → [B, S, D].
     Source: Vaswani et al. 2017, §3.2; grouped queries: Ainslie et al. 2023; norm on queries and keys: Qwen3, and over all heads OLMoE.
     """
 
@@ -149,6 +148,7 @@ class Attention(nn.Module):
         return normed.transpose(1, 2)
 
     def forward(self, hidden_BSD: Tensor, context: Context) -> Tensor:
+        """hidden [B, S, D] → [B, S, D]: softmax(q kᵀ / √head_dim) v over the positions that a query may see, through `o_proj`."""
         config = self.config
         q_norm, k_norm = (self.q_norm, self.k_norm) if config.qk_norm else (None, None)
         query = self._heads(self.q_proj(hidden_BSD), config.heads, q_norm)
@@ -165,7 +165,7 @@ class Attention(nn.Module):
 
 
 class DenseFFN(nn.Module):
-    """The FFN of a layer without experts: hidden [B, S, D] → [B, S, D], the equation of one expert (ffn) without biases."""
+    """The FFN of a layer without experts, of width F = `width`. Raises ValueError for an unknown activation."""
 
     def __init__(self, d_model: int, width: int, activation: str, **factory: Any) -> None:
         super().__init__()
@@ -176,15 +176,13 @@ class DenseFFN(nn.Module):
         self.down_proj = nn.Parameter(torch.zeros(d_model, width, **factory))
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
+        """hidden [B, S, D] → [B, S, D]: the equation of one expert (ffn), without biases."""
         ffn = FFN(getattr(self, self.first), self.down_proj, None, None)
         return ffn_forward(hidden_BSD.flatten(0, 1), ffn, self.activation).view(hidden_BSD.shape)
 
 
 class Block(nn.Module):
-    """One pre-norm layer: h ← h + attention(norm(h)), then h ← h + FFN(norm(h)). Returns (h, the MoE layer's aux or None).
-
-    previous [T, E]: the logits of the MoE layer before, which a router with a residual reads.
-    """
+    """One pre-norm layer: h ← h + attention(norm(h)), then h ← h + FFN(norm(h)). The FFN is that of the layer's number, MoE or dense."""
 
     def __init__(self, config: ModelConfig, layer: int, moe_class: Callable[..., nn.Module], **factory: Any) -> None:
         super().__init__()
@@ -199,6 +197,11 @@ class Block(nn.Module):
             self.mlp = DenseFFN(config.d_model, config.dense_width, config.dense_activation, **factory)
 
     def forward(self, hidden_BSD: Tensor, context: Context, replay: Any = None, previous_TE: Tensor | None = None) -> tuple[Tensor, Any]:
+        """(hidden [B, S, D] behind the layer, the MoE layer's aux or None).
+
+        replay       an earlier routing of this layer
+        previous_TE  the logits of the MoE layer before, which a router with a residual reads
+        """
         hidden_BSD = hidden_BSD + self.self_attn(self.input_layernorm(hidden_BSD), context)
         normed_BSD = self.post_attention_layernorm(hidden_BSD)
         if not self.is_moe:
@@ -228,13 +231,12 @@ class LanguageModel(nn.Module):
     config     which layers are MoE, widths, heads, vocabulary; max_positions > 0 replaces rotary positions by learned ones
     moe_class  the class of its MoE layers; the fast track's has the same parameters, so a state dict fits both
 
-    `logits, aux = model(tokens)`: tokens [B, S] integers below the vocabulary; pad_mask [B, S] True for padding; replay maps a layer's
-    number to an earlier routing (`aux.routing` of an earlier pass); cache holds the positions before and takes these in. A sequence is
-    one group of its MoE layers. `activation_checkpointing = True` computes each block again in the backward pass instead of keeping its
-    activations; loads and losses come from the first computation alone.
+    A sequence is one group of its MoE layers. `activation_checkpointing = True` computes each block again in the backward pass instead
+    of keeping its activations; loads and losses come from the first computation alone.
+
     Weights start from N(0, 1/fan-in), embeddings from N(0, 0.02²), and what writes into the residual stream (o_proj, down_proj) is
     divided by √(2 · layers).
-    Raises: ValueError for multi-head latent attention, an encoder, relative position biases, and tokens of wrong shape or dtype.
+    Raises: ValueError for multi-head latent attention, an encoder, and relative position biases.
     Source: pre-norm and the division by √(2 · layers): Radford et al. 2019 (GPT-2), §2.3; RMSNorm: Zhang & Sennrich 2019.
     """
 
@@ -303,6 +305,14 @@ class LanguageModel(nn.Module):
     def forward(
         self, tokens_BS: Tensor, pad_mask: Tensor | None = None, replay: Mapping[int, Any] | None = None, cache: KVCache | None = None
     ) -> tuple[Tensor, ModelAux]:
+        """(logits [B, S, V], aux) of tokens [B, S], integers below the vocabulary.
+
+        pad_mask  [B, S] bool, True for padding
+        replay    layer number → an earlier routing, `aux.routing` of an earlier pass
+        cache     holds the positions before, and takes these in
+
+        Raises: ValueError for tokens or a mask of wrong shape or dtype, padding beside a cache, and more positions than are learned.
+        """
         integer = not (tokens_BS.is_floating_point() or tokens_BS.is_complex() or tokens_BS.dtype == torch.bool)
         require(
             tokens_BS.ndim == 2 and integer,

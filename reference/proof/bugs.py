@@ -1,4 +1,4 @@
-"""The bug museum: real mistakes of real Mixture-of-Experts code, each beside the check that catches it.
+"""The bug museum: mistakes of Mixture-of-Experts code, most of them shipped, each beside the check that catches it.
 
 Seven rooms, one file each (`museum_losses`, `museum_gates`, …), hold the pieces; a piece is a `Bug`: where it was seen,
 the wrong function, the right one (the reference's), and a check that accepts only the right one.

@@ -20,6 +20,7 @@ from ..tokens import token_info
 from .equal import rms
 
 SMALL = 100_000
+"""So many products an interpreter gets through."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,10 @@ class Case:
 class Inputs:
     """What a case draws, in float64; `rounded` gives the same in a target dtype.
 
-    x [T, D]; dy [T, D], the cotangent of y, random; params as `init_params` names them; pad_mask [T] bool
-    routing   a given one: distinct experts per token, gates in [0.2, 1), 0 where not kept, as an identity router would give them
+    x, dy      [T, D], the tokens and the cotangent of y, random
+    params     as `init_params` names them
+    pad_mask   [T] bool
+    routing    a given one: distinct experts per token, gates in [0.2, 1), 0 where not kept, as an identity router would give them
     """
 
     config: MoEConfig
@@ -125,6 +128,7 @@ LOADS: dict[str, Callable[[np.random.Generator, Case], NDArray[np.int64]]] = {
     "few": _few,
     "skewed": _skewed,
 }
+"""What `Case.load` can name: (rng, case) → expert [T, K]."""
 
 CASES = (
     Case("no-tokens", "a grid of zero programs, a product with zero rows, a mean over nothing", 0, 32, 48, 4, 2),

@@ -1,10 +1,15 @@
 """What "equal" means between two tracks; `teeth` proves that the meaning bites.
 
 A tensor of a fast track (candidate) is measured against the reference in float64 (truth) by the yardstick of plain PyTorch in
-the target dtype (eager); all three start from the same values, already rounded to that dtype:
+the target dtype (eager); all three start from the same values, already rounded to that dtype. With scale = RMS(truth), over a tensor
+and for each of its elements:
 
-    RMS(candidate − truth) ≤ 2 · RMS(eager − truth) + eps/4 · scale          scale = RMS(truth)
-    |candidate − truth| ≤ 2 · max|eager − truth| + 4 · eps · max(scale, |truth|)          element by element
+    RMS(candidate − truth)
+      ≤ 2 · RMS(eager − truth) + eps/4 · scale
+
+    |candidate − truth|
+      ≤ 2 · max|eager − truth|
+        + 4 · eps · max(scale, |truth|)
 
 The first bound sees a wrong scale, the second a single wrong row; neither alone is enough. An element far above the scale (gradients of
 an expert with a handful of tokens have them) may be wrong by a few of its own roundings: at 16 times the scale, 4 · eps · scale is
@@ -26,8 +31,10 @@ from numpy.typing import ArrayLike, NDArray
 from ..config import require
 
 Outputs = Mapping[str, NDArray]
+"""Tensors by name."""
 
 MANTISSA_BITS = {"float64": 52, "float32": 23, "tf32": 10, "bfloat16": 7, "float16": 10}
+"""The dtypes in which a tensor can be judged."""
 STACKED_PREFIX = "experts."
 
 

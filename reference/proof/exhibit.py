@@ -11,7 +11,7 @@ class Bug:
     """A mistake that shipped somewhere, or that its paper leaves one line away.
 
     name    what it is called here
-    seen    where: repository and thread or file; "near:" where a paper's text invites it and no public report was read
+    seen    where: repository and thread or file; "near:" what invites it, a text or somebody's layout, where no public report was read
     wrong   the mistake, whose docstring says what it does; right does the same job by the reference
     check   takes either, and raises AssertionError for what is wrong; its name and docstring are the property that it tests
     """
@@ -34,6 +34,16 @@ class Bug:
         except AssertionError as error:
             return str(error)
         raise AssertionError(f"{self.check.__name__} accepts the bug {self.name!r}")
+
+    @property
+    def shipped(self) -> bool:
+        """Whether published code or pseudo-code has made the mistake, by a report or a file that was read."""
+        return not self.seen.startswith("near:")
+
+    @property
+    def place(self) -> str:
+        """Where it was seen, or what is near it."""
+        return self.seen.removeprefix("near:").strip()
 
 
 def expect(condition: object, message: str) -> None:
