@@ -54,6 +54,7 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {}
+"""Name → backend; `register` enters it."""
 _warned: set[tuple[str, str]] = set()
 
 

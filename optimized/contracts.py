@@ -17,6 +17,7 @@ from reference.proof.equal import MANTISSA_BITS
 Function = TypeVar("Function", bound=Callable)
 
 GRADIENTS = ("x", "gate", "params")
+"""Of what a fast function can promise gradients."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def _names(parameters: list[inspect.Parameter]) -> str:
 
 
 CONTRACTS: dict[str, Contract] = {}
+"""Name of the fast function → its contract; `contract` enters it."""
 
 
 def contract(

@@ -56,7 +56,12 @@ class Plan:
 
 
 class Explanation(NamedTuple):
-    """A line of `explain`: the module's name and class; the backend that runs it, or None; why it falls back, or what is not fused."""
+    """A line of `explain`, and as text one to print.
+
+    module, experts_class   the module's name, and its class
+    backend                 what runs it, or None
+    note                    why it falls back, or what is not fused
+    """
 
     module: str
     experts_class: str
@@ -131,8 +136,14 @@ def _warn_once(experts_class: str, reason: str) -> None:
         warnings.warn(f"{experts_class} runs in {FALLBACK} code: {reason}", stacklevel=4)
 
 
+def _weight(module: nn.Module) -> Tensor | None:
+    """One of the weights. Every call asks, and `named_parameters` would take longer than some experts do."""
+    own = module._parameters
+    return next((weight for name in WEIGHTS if (weight := own.get(name)) is not None), None)
+
+
 def _weight_dtype(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for name, p in module.named_parameters(recurse=False) if name in WEIGHTS), torch.float32)
+    return torch.float32 if (weight := _weight(module)) is None else weight.dtype
 
 
 @torch.compiler.assume_constant_result  # what is asked and tried here is not for a traced program
@@ -142,7 +153,7 @@ def _known_plan(module: nn.Module, dtype: torch.dtype) -> Plan:
 
 def _plan(module: Any, dtype: torch.dtype) -> Plan:
     """The plan of a module for a compute dtype, made once and judged by the module's own forward."""
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    device = torch.device("cpu") if (weight := _weight(module)) is None else weight.device
     key = (device, dtype, *(getattr(module, flag) for flag in FLAGS), id(getattr(module, "act_fn", None)))
     known = _plans.setdefault(module, {})
     if key in known:

@@ -45,7 +45,9 @@ class MoE(ReferenceMoE):
 
     backend: "auto", the best that runs on the layer's device in its dtype, or the name of a row of `backends.BACKENDS`. Where the
     named one cannot run, the call says why; the layer may still move to a device where it can.
-    Parameters, state dict, call and aux are those of the reference. Raises ValueError for an unknown backend.
+    Parameters, state dict, call and aux are those of the reference. Forward-mode derivatives and those of `torch.func.grad` take the
+    reference's way, at its speed; a backward through the backward is refused, reference.autograd.MoE has it.
+    Raises ValueError for an unknown backend.
     """
 
     def __init__(self, config: MoEConfig, *, backend: str = AUTO, device: Any = None, dtype: torch.dtype | None = None) -> None:

@@ -20,6 +20,7 @@ from .native.build import UnavailableError
 from .native.library import DTYPES, load, make_call
 from .native.packing import forget, packed
 from .operators import apply_operator, experts_operator, weight_gradients
+from .recycling import POOL
 
 
 def experts_forward(
@@ -30,7 +31,7 @@ def experts_forward(
     library, threads, places = load(), torch.get_num_threads(), expert.numel()
     require(places < 2**31, f"{places} assignments do not fit into 32-bit places; split the batch")
     rows, up, down = x.to(up.dtype).contiguous(), up.contiguous(), down.contiguous()
-    y, pre = torch.empty_like(rows), up.new_empty(places if save else 0, up.shape[1])
+    y, pre = torch.empty_like(rows), POOL.empty((places if save else 0, up.shape[1]), up)
     order, bounds = expert.new_empty(places, dtype=torch.int32), expert.new_empty(len(up) + 1, dtype=torch.int32)
     trained = save and (up.requires_grad or down.requires_grad)
     if trained:

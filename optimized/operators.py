@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from reference.autograd import Routing
@@ -19,13 +20,14 @@ from reference.config import MoEConfig
 from reference.expert_dropout import NAME as DROPOUT
 from reference.experts import ffn_keys
 
-from .recycling import GRADIENTS
+from .recycling import POOL
 from .zero_computation import add_zero_computation
 
 # PyTorch has no public name for these; a version without them gets the longer way.
 _any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _transforms: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_innermost: Callable[[], Any] = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 
 FORWARD_SCHEMA = (
     "(Tensor x, Tensor expert, Tensor gate, Tensor keep, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, "
@@ -50,6 +52,14 @@ def _shortest(operator: Any, tensor: Tensor) -> Callable[..., tuple[Tensor, ...]
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     watched = traced or tensor.is_meta or type(tensor) not in (Tensor, Parameter)
     return operator if watched or _modes() or _transforms() else _PLAIN[operator]
+
+
+def lacks_derivative() -> bool:
+    """Whether a derivative is taken that no operator of ours has: forward mode, whose tangents it would drop, or `torch.func.grad`."""
+    if getattr(forward_ad, "_current_level", -1) >= 0:
+        return True
+    transform = None if torch.compiler.is_compiling() else _innermost()
+    return transform is not None and transform.key().name == "Grad"
 
 
 def experts_operator(name: str, forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., tuple[Tensor, ...]]) -> Any:
@@ -78,7 +88,11 @@ def experts_operator(name: str, forward: Callable[..., tuple[Tensor, ...]], back
         dx, dgate, *dweights = (value if want else None for value, want in zip(gradients, wanted, strict=True))
         return dx, None, dgate, None, *dweights, None, None
 
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise NotImplementedError(f"{name}_experts has no second derivative; reference.autograd.MoE has, and takes the same state dict")
+
     operator.register_autograd(run_backward, setup_context=_save)
+    gradient.register_autograd(refuse)
     return operator
 
 
@@ -110,15 +124,15 @@ def _backward_shapes(
 def weight_gradients(tensors: tuple[Tensor | None, ...], wanted: bool) -> list[Tensor]:
     """Uninitialised contiguous gradients of up, down and the two biases; shape [0] where there is nothing to fill."""
     like = next(tensor for tensor in tensors if tensor is not None)
-    return [GRADIENTS.empty(tensor.shape if wanted and tensor is not None else (0,), like) for tensor in tensors]
+    return [POOL.empty(tensor.shape if wanted and tensor is not None else (0,), like) for tensor in tensors]
 
 
 def apply_operator(operator: Any, x_TD: Tensor, routing: Routing, params: Mapping[str, Tensor], config: MoEConfig) -> Tensor:
     """The second seam through a registered operator: y [T, D] in the dtype of x. Under autocast the experts compute in its dtype.
 
-    A pass with expert dropout takes the reference's way.
+    A pass with expert dropout, in forward mode or inside `torch.func.grad` takes the reference's way.
     """
-    if DROPOUT in routing.draws:  # no operator drops hidden units
+    if DROPOUT in routing.draws or lacks_derivative():  # no operator drops hidden units, or carries tangents
         return apply_experts_forward(x_TD, routing, params, config)
     dtype = compute_dtype(x_TD)
     weights = [params.get(key) for key in ffn_keys("experts", config.experts)]

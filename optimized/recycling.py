@@ -1,7 +1,8 @@
 """Memory of large tensors that have gone, for those to come.
 
 A system hands out fresh pages full of zeros. Writing the gradients of a hundred megabytes of experts into such pages takes longer on a
-CPU than computing them for a few tokens, and a training loop gives them back and asks for them anew in every step.
+CPU than computing them for a few tokens, and a training loop gives them back and asks for them anew in every step; so it does with what
+each forward saves. In a virtual machine a page may even have to come from the host again.
 """
 
 from __future__ import annotations
@@ -67,4 +68,5 @@ class Recycler:
                 self._waiting -= self._free.pop(0).numel()
 
 
-GRADIENTS = Recycler()
+POOL = Recycler()
+"""Of the gradients of weights, and of what a forward saves for its backward."""

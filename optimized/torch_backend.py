@@ -22,6 +22,7 @@ from .backends import Backend, register
 from .contracts import contract
 from .experts import ACTIVATIONS, Activation
 from .operators import apply_operator, experts_operator, weight_gradients
+from .recycling import POOL
 
 # Elements of the widest temporary of a run of experts: large enough to make Python cheap, small enough that what one step writes the
 # next still finds in a cache.
@@ -108,7 +109,7 @@ def experts_forward(
     token_A, gate_A1 = order_A // max(expert.shape[1], 1), gate.flatten().index_select(0, order_A).unsqueeze(1)
     out_AD = up.new_empty(len(order_A), x.shape[1])
     out_AD[ends[-1] :] = 0
-    pre_AM = up.new_empty(len(order_A) if save else 0, up.shape[1])
+    pre_AM = POOL.empty((len(order_A) if save else 0, up.shape[1]), up)
     if save:
         pre_AM[ends[-1] :] = 0
     for run in _runs(ends, up.shape[1]):

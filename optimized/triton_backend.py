@@ -25,7 +25,7 @@ from reference.config import GatingConfig, MoEConfig
 
 from .backends import Backend, register
 from .contracts import contract
-from .operators import apply_operator, experts_operator
+from .operators import apply_operator, experts_operator, lacks_derivative
 
 HAS_TRITON = find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -145,7 +145,7 @@ def route(
 
     Shapes, arguments, gradient and errors: those of `reference.autograd.layer.route_forward`.
     """
-    if replay is not None or why_not_route(config) is not None:
+    if replay is not None or why_not_route(config) is not None or lacks_derivative():
         return route_forward(x_TD, params, config, tokens, training=training, rng=rng, replay=replay)
     function, gating, draws = config.scores.function, config.gating, Draws(rng)
     with without_autocast(x_TD.device):

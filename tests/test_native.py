@@ -35,6 +35,11 @@ LARGE = MoEConfig(141, gating=GatingConfig(top_k=3), experts=ExpertsConfig(6, 75
 
 # Gradients that are written past the caches, and too few rows an expert to pack anything.
 MANY = MoEConfig(128, gating=GatingConfig(top_k=2), experts=ExpertsConfig(128, 144))
+# Sums longer than a part of a panel and than what is added up at once, for about two tiles of rows an expert.
+DEEP = MoEConfig(700, gating=GatingConfig(top_k=1), experts=ExpertsConfig(4, 290))
+
+# A gradient that is written past the caches, one panel wide, whose 2F rows end with ten after the last whole chunk.
+NARROW = MoEConfig(64, gating=GatingConfig(top_k=1), experts=ExpertsConfig(176, 197))
 
 # What each build says of itself; the flags only take instructions away from the machine the tests run on.
 VARIANTS = {
@@ -129,7 +134,7 @@ def assert_identical(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Non
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-@pytest.mark.parametrize("config", [LARGE, MANY], ids=["large", "many"])
+@pytest.mark.parametrize("config", [LARGE, MANY, DEEP], ids=["large", "many", "deep"])
 def test_instruction_sets_agree(
     variant: Library, config: MoEConfig, dtype: torch.dtype, limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,12 +148,12 @@ def test_instruction_sets_agree(
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])  # bf16: both round the hidden layer
-@pytest.mark.parametrize("skewed", [False, True])
-def test_many_experts_agree_with_the_torch_backend(dtype: torch.dtype, limit: float, skewed: bool) -> None:
-    native = layer(MANY, dtype)
-    stock = MoE(MANY, backend="torch", dtype=dtype)
+@pytest.mark.parametrize("config, tokens, skewed", [(MANY, 100, False), (MANY, 100, True), (NARROW, 30_000, False)])
+def test_many_experts_agree_with_the_torch_backend(dtype: torch.dtype, limit: float, config: MoEConfig, tokens: int, skewed: bool) -> None:
+    native = layer(config, dtype)
+    stock = MoE(config, backend="torch", dtype=dtype)
     stock.load_state_dict(native.state_dict())
-    x, routing = drawn(MANY, 100, dtype, skewed=skewed)
+    x, routing = drawn(config, tokens, dtype, skewed=skewed)
     found = results(native, x, routing)
     for name, wanted in results(stock, x, routing).items():
         error = (found[name].double() - wanted.double()).square().mean().sqrt() / wanted.double().square().mean().sqrt()
@@ -279,7 +284,7 @@ def test_packed_weights_follow_the_parameters(name: str, change: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("config", [SMALL, LARGE])
+@pytest.mark.parametrize("config", [SMALL, LARGE, DEEP])
 def test_packed_and_unpacked_weights_give_the_same_bits(config: MoEConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     moe = layer(config, dtype)
     x, routing = drawn(config, 50, dtype)

@@ -18,6 +18,7 @@ from configs import CONFIGS, VOCABULARY
 from conftest import REPOSITORY
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from tracer import traced
 
@@ -438,8 +439,42 @@ def test_second_derivatives_are_refused() -> None:
     moe, _ = pair(PLAIN)
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(moe(x)[0].sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"moebius\.torch_experts_backward.* no autograd formula"):
+    with pytest.raises(NotImplementedError, match=r"torch_experts has no second derivative; .*reference\.autograd\.MoE"):
         first.sum().backward()
+
+
+def forward_mode(moe: nn.Module, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(moe(forward_ad.make_dual(x, torch.ones_like(x)))[0]).tangent
+
+
+TRANSFORMS = {
+    "jvp": lambda moe, x: torch.func.jvp(lambda rows: moe(rows)[0], (x,), (torch.ones_like(x),))[1],
+    "grad": lambda moe, x: torch.func.grad(lambda rows: moe(rows)[0].sum())(x),
+    "grad of grad": lambda moe, x: torch.func.grad(lambda at: torch.func.grad(lambda rows: moe(rows)[0].square().sum())(at).sum())(x),
+    "forward mode": forward_mode,
+}
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("backend", HERE)
+def test_transforms_of_functions(backend: str, transform: str, trained: bool) -> None:
+    """An operator of ours drops a tangent without a word: then jvp is 0."""
+    moe, wanted = pair(PLAIN, dtype=torch.float32, backend=backend)
+    moe.requires_grad_(trained), wanted.requires_grad_(trained)
+    x = torch.randn(4, 6)
+    found, truth = (TRANSFORMS[transform](each, x) for each in (moe, wanted))
+    assert truth.abs().max() > 1e-3
+    torch.testing.assert_close(found, truth)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_vmap_takes_the_operator(backend: str) -> None:
+    """The reference cannot be mapped: it looks for the rows of each expert."""
+    moe, _ = pair(PLAIN, backend=backend, dtype=torch.float32)
+    x = torch.randn(3, 4, 6)
+    torch.testing.assert_close(torch.func.vmap(lambda rows: moe(rows)[0])(x), moe(x)[0])
 
 
 @pytest.mark.parametrize("name", ["swiglu-biases", "biases", "switch"])

@@ -8,8 +8,11 @@ import threading
 import pytest
 import torch
 
-from optimized.operators import GRADIENTS, weight_gradients
-from optimized.recycling import SMALLEST, Recycler
+from optimized import backends
+from optimized.layer import MoE
+from optimized.operators import weight_gradients
+from optimized.recycling import POOL, SMALLEST, Recycler
+from reference.config import ExpertsConfig, GatingConfig, MoEConfig
 
 LARGE = SMALLEST // 4  # so many fp32 numbers are recycled
 LIKE = torch.zeros(1)
@@ -107,7 +110,25 @@ def test_weight_gradients_are_recycled(kind: type) -> None:
     weights = (kind(torch.zeros(3, LARGE)), kind(torch.zeros(3, LARGE, 1)), None, None)
     places = [tensor.data_ptr() for tensor in weight_gradients(weights, True)[:2]]
     gc.collect()
-    assert GRADIENTS.waiting_bytes() >= 6 * SMALLEST
+    assert POOL.waiting_bytes() >= 6 * SMALLEST
     again = weight_gradients(weights, True)
     assert {tensor.data_ptr() for tensor in again[:2]} == set(places)
     assert [tuple(tensor.shape) for tensor in again] == [(3, LARGE), (3, LARGE, 1), (0,), (0,)]
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_what_a_forward_saves_is_recycled(backend: str) -> None:
+    config = MoEConfig(32, gating=GatingConfig(top_k=2), experts=ExpertsConfig(count=4, width=128))
+    if reason := backends.why_not(backend, torch.device("cpu"), torch.float32, config):
+        pytest.skip(reason)
+    moe, x = MoE(config, backend=backend), torch.randn(1024, 32)
+    saved = 2 * 128 * 2 * 1024 * 4  # bytes of [T·K, 2F], larger than any other tensor of the layer
+    POOL.release()
+    moe(x)[0].sum().backward()
+    gc.collect()
+    assert POOL.waiting_bytes() == saved
+    before = moe(x)[0]
+    assert POOL.waiting_bytes() == 0
+    del before
+    gc.collect()
+    assert POOL.waiting_bytes() == saved

@@ -60,9 +60,9 @@ def scan_kernel(
 ):  # fmt: skip
     """Prefix sums over the blocks, the experts' bounds, and a table of tiles for each of one or two heights.
 
-    Grid: (1). HISTOGRAM [blocks, BUCKETS] int32 → START [blocks, BUCKETS] int32, how many of a bucket lie in earlier blocks;
-    BOUNDS [E + 1] int32, expert e owns rows BOUNDS[e] … BOUNDS[e + 1] − 1; TILES [max_tiles + 1, 2] int32, see `write_tiles`, and
-    OTHER_TILES the same for tiles of OTHER_ROWS rows, or None.
+    Grid: (1). A program owns every bucket. HISTOGRAM [blocks, BUCKETS] int32 → START [blocks, BUCKETS] int32, how many of a bucket lie in
+    earlier blocks; BOUNDS [E + 1] int32, expert e owns rows BOUNDS[e] … BOUNDS[e + 1] − 1; TILES [max_tiles + 1, 2] int32, see
+    `write_tiles`, and OTHER_TILES the same for tiles of OTHER_ROWS rows, or None.
     Equals: numpy.cumsum; BOUNDS is `reference.dispatch.DispatchCache.bounds_P` (integers). Rounds at: nothing.
     Limits: T·K < 2³¹; max_tiles ≥ Σ ⌈rows of a bucket / BLOCK_ROWS⌉.
     """
@@ -112,7 +112,7 @@ def restore_kernel(
 ):  # fmt: skip
     """What the backward needs again and the forward did not save: the inverse of ORDER, and tiles of the backward's own heights.
 
-    Grid: (⌈T·K / BLOCK⌉ + 1). A program inverts BLOCK places of ORDER; the last one writes the tables of tiles.
+    Grid: (⌈T·K / BLOCK⌉ + 1). A program owns BLOCK places of ORDER, which it inverts; the last one owns the tables of tiles.
     ORDER [T·K] int32, BOUNDS [E + 1] int32 → PLACE [T·K] int32, TILES and OTHER_TILES (or None) as in `scan_kernel`, without the
     dropped assignments' tiles.
     Equals: numpy.argsort of ORDER (integers). Rounds at: nothing. Limits: those of `scan_kernel`.

@@ -7,35 +7,48 @@
  * With the gate on the hidden layer no expert's output is needed again, and none is kept.
  */
 
-/* A panel of B as it lies in memory: columns first … of b. Whole columns for few rows are used where they lie. */
-static TYPE(panel) TYPE(columns)(const struct plan *plan, long expert, matrix b, long rows, long first, long columns, elem *room) {
-    const int32_t *bounds = plan->call->bounds + expert;
-    if (PER_UNIT == 1 && columns >= WIDTH && bounds[1] - bounds[0] <= FEW_ROWS) return (TYPE(panel)){b.at + first, b.stride, NULL};
-    TYPE(pack_rows)(room, WIDTH, b, rows, first, columns < WIDTH ? columns : WIDTH);
-    return TYPE(whole)(room, NULL);
+/* The columns that a panel of a stack of matrices [E, rows, stride] is packed from: half a unit is half a row, or a row of two. */
+INLINE TYPE(soon) TYPE(columns_of)(const elem *stack, long rows, long stride, struct place at) {
+    if (at.expert < 0) return TYPE(nothing);
+    const elem *first = stack + at.expert * rows * stride + at.number * WIDTH;
+    return (TYPE(soon)){{first, first + (PER_UNIT == 2 ? stride : WIDTH / 2)}, PER_UNIT * stride};
+}
+
+/* Panel `here` of a stack as it lies in memory. Whole columns for a single tile are used where they lie: it would read only once what
+ * packing had written. */
+static TYPE(panel) TYPE(columns)(
+    const struct plan *plan, const elem *stack, long rows, long stride, struct place here, struct place next, elem *room) {
+    const long first = here.number * WIDTH, columns = between(0, stride - first, WIDTH);
+    const int32_t *bounds = plan->call->bounds + here.expert;
+    const matrix b = {stack + here.expert * rows * stride, stride, NULL};
+    if (PER_UNIT == 1 && columns == WIDTH && bounds[1] - bounds[0] <= TILE_ROWS) return (TYPE(panel)){b.at + first, stride, 1, TYPE(nothing)};
+    TYPE(pack_rows)(room, WIDTH, b, rows, first, columns);
+    return TYPE(whole)(room, 0, TYPE(columns_of)(stack, rows, stride, next));
 }
 
 /* B of dh' = dy W_down, and of dx = du W_up. */
-static TYPE(panel) TYPE(dhidden_panel)(const struct plan *plan, long expert, long number, elem *room) {
-    const long D = plan->shape.d_model, F = plan->shape.width, first = number * WIDTH;
-    const matrix down = {(const elem *)plan->call->down + expert * D * F, F, NULL};
-    return TYPE(columns)(plan, expert, down, D, first, F - first, room);
+static TYPE(panel) TYPE(dhidden_panel)(const struct plan *plan, struct place here, struct place next, elem *room) {
+    return TYPE(columns)(plan, plan->call->down, plan->shape.d_model, plan->shape.width, here, next, room);
 }
 
-static TYPE(panel) TYPE(dx_panel)(const struct plan *plan, long expert, long number, elem *room) {
-    const long D = plan->shape.d_model, M = plan->shape.pre_width, first = number * WIDTH;
-    const matrix up = {(const elem *)plan->call->up + expert * M * D, D, NULL};
-    return TYPE(columns)(plan, expert, up, M, first, D - first, room);
+static TYPE(panel) TYPE(dx_panel)(const struct plan *plan, struct place here, struct place next, elem *room) {
+    return TYPE(columns)(plan, plan->call->up, plan->shape.pre_width, plan->shape.d_model, here, next, room);
 }
 
 /* From dh' of one panel: g h and du for the products that follow, and this panel's part of ⟨dh', h⟩. */
 static void TYPE(differentiate)(const struct plan *plan, const float *c, long number, long first, long rows) {
+    enum { BYTES = WIDTH * sizeof(elem) };
     const struct shape *shape = &plan->shape;
     const long F = shape->width, at = number * WIDTH, columns = F - at < WIDTH ? F - at : WIDTH;
     for (long r = first; r < first + rows; r++, c += WIDTH) {
         const elem *pre = (const elem *)plan->call->pre + r * shape->pre_width + at;
         elem *hidden = (elem *)plan->hidden + r * plan->hidden_stride + at, *dpre = (elem *)plan->dpre + r * plan->dpre_stride + at;
         vec part = {0}, gate = splat(plan->rows.gate[r]);
+        if (r + SOON < first + rows) {
+            const elem *pre_soon = pre + SOON * shape->pre_width, *dpre_soon = dpre + SOON * plan->dpre_stride;
+            expect(hidden + SOON * plan->hidden_stride, BYTES, 1), expect(pre_soon, BYTES, 0), expect(dpre_soon, BYTES, 1);
+            if (shape->gated) expect(pre_soon + F, BYTES, 0), expect(dpre_soon + F, BYTES, 1);
+        }
         for (long j = 0; j < columns; j += LANES) {
             vec dh = load(c + j), u = shape->gated ? TYPE(get)(pre + F + j, columns - j) : (vec){0};
             struct gradient g = plan->activation->gradient(TYPE(get)(pre + j, columns - j), u, gate * dh);
@@ -54,10 +67,11 @@ static void TYPE(hidden_item)(void *given, const struct item *item, int worker) 
     const matrix dy = TYPE(by_token)(plan, plan->dy, 0);
     const int32_t *bounds = plan->call->bounds + item->expert;
     for (long number = item->first; number < item->last; number++) {
-        const TYPE(panel) panel = TYPE(dhidden_panel)(plan, item->expert, number, room.panel);
+        TYPE(panel) panel = TYPE(dhidden_panel)(plan, (struct place){item->expert, number}, next_in_item(plan, item, number), room.panel);
         for (long r = bounds[0]; r < bounds[1]; r += CHUNK) {
             long rows = bounds[1] - r < CHUNK ? bounds[1] - r : CHUNK;
             TYPE(multiply)(dy, r, rows, panel, plan->shape.d_model, room.c);
+            TYPE(met)(&panel);
             TYPE(differentiate)(plan, room.c, number, r, rows);
         }
     }
@@ -105,10 +119,12 @@ static void TYPE(weight_rows)(TYPE(gradient_rows) to, matrix a, matrix b, long r
             TYPE(pack_rows)(room.panel + (at - start) / WIDTH * panel, WIDTH, b, rows, at, between(0, stop - at, WIDTH));
         for (long i = 0; i < count; i += strip)
             for (long at = start; at < stop; at += WIDTH) {
-                const elem *packed = room.panel + (at - start) / WIDTH * panel;
-                const TYPE(panel) here = TYPE(whole)(packed, strip > TILE_ROWS ? packed + panel : NULL);
-                TYPE(product)(from + i, CHUNK * PER_UNIT, between(0, count - i, strip), here, TYPE(units)(rows), room.c);
-                TYPE(put_block)(to, i, between(0, count - i, strip), at, between(0, stop - at, WIDTH), room.c);
+                const long high = between(0, count - i, strip), wide = between(0, stop - at, WIDTH);
+                const int whole = to.past && wide == WIDTH && TYPE(units)(rows) <= DEPTH; /* sums that go to their place at once */
+                const TYPE(target) target = {room.c, whole ? to.at + i * to.columns + at : NULL, whole ? to.columns : 0};
+                const TYPE(panel) here = TYPE(whole)(room.panel + (at - start) / WIDTH * panel, strip > TILE_ROWS, TYPE(nothing));
+                TYPE(product)(from + i, CHUNK * PER_UNIT, high, here, TYPE(units)(rows), target);
+                if (!whole) TYPE(put_block)(to, i, high, at, wide, room.c);
             }
     }
     drain();

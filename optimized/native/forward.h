@@ -23,8 +23,11 @@ INLINE matrix TYPE(by_token)(const struct plan *plan, const void *tokens, long f
 INLINE void TYPE(multiply)(matrix a, long first, long rows, TYPE(panel) panel, long elements, float *c) {
     const elem *from[CHUNK];
     for (long r = 0; r < rows; r++) from[r] = TYPE(row)(a, first + r);
-    TYPE(product)(from, PER_UNIT, rows, panel, TYPE(units)(elements), c);
+    TYPE(product)(from, PER_UNIT, rows, panel, TYPE(units)(elements), (TYPE(target)){.c = c});
 }
+
+/* A panel that rows have been multiplied with is in the cache, and so is what it was to fetch. */
+INLINE void TYPE(met)(TYPE(panel) *panel) { panel->old = 0, panel->next = TYPE(nothing); }
 
 /* The rows of W_up that make columns first … first + half − 1 of the hidden layer: gate rows in the left half of the panel, up rows in
  * the right half, so that the activation finds both in one panel. */
@@ -46,25 +49,38 @@ static void TYPE(pack_down)(elem *panel, const elem *down, const struct shape *s
 INLINE long TYPE(up_panel_elements)(const struct shape *shape) { return TYPE(padded)(shape->d_model) * WIDTH; }
 INLINE long TYPE(down_panel_elements)(const struct shape *shape) { return TYPE(padded)(shape->width) * WIDTH; }
 
-INLINE TYPE(panel) TYPE(packed_panel)(const void *packed, long number, long elements) {
-    const elem *at = (const elem *)packed + number * elements;
-    return TYPE(whole)(at, at + elements);
+/* Panels `here` and `next` of packed weights with `panels` for each expert, of so many elements. */
+INLINE TYPE(panel) TYPE(packed_panel)(const void *packed, struct place here, struct place next, long panels, long elements) {
+    const elem *at = packed, *after = next.expert < 0 ? NULL : at + (next.expert * panels + next.number) * elements;
+    return TYPE(whole)(at + (here.expert * panels + here.number) * elements, 1, (TYPE(soon)){{after, NULL}, 0});
 }
 
-static TYPE(panel) TYPE(up_panel)(const struct plan *plan, long expert, long number, elem *room) {
+/* The rows of W_up, and of W_down, that panel `at` is packed from. */
+INLINE TYPE(soon) TYPE(up_rows)(const struct plan *plan, struct place at) {
     const struct shape *shape = &plan->shape;
-    if (plan->call->packed_up)
-        return TYPE(packed_panel)(plan->call->packed_up, expert * shape->up_panels + number, TYPE(up_panel_elements)(shape));
-    TYPE(pack_up)(room, (const elem *)plan->call->up + expert * shape->pre_width * shape->d_model, shape, number);
-    return TYPE(whole)(room, NULL);
+    if (at.expert < 0) return TYPE(nothing);
+    const elem *first = (const elem *)plan->call->up + (at.expert * shape->pre_width + at.number * shape->half) * shape->d_model;
+    return (TYPE(soon)){{first, first + (shape->gated ? shape->width : WIDTH / 2) * shape->d_model}, 0};
 }
 
-static TYPE(panel) TYPE(down_panel)(const struct plan *plan, long expert, long number, elem *room) {
+INLINE TYPE(soon) TYPE(down_rows)(const struct plan *plan, struct place at) {
     const struct shape *shape = &plan->shape;
-    if (plan->call->packed_down)
-        return TYPE(packed_panel)(plan->call->packed_down, expert * shape->d_panels + number, TYPE(down_panel_elements)(shape));
-    TYPE(pack_down)(room, (const elem *)plan->call->down + expert * shape->d_model * shape->width, shape, number);
-    return TYPE(whole)(room, NULL);
+    if (at.expert < 0) return TYPE(nothing);
+    return (TYPE(soon)){{(const elem *)plan->call->down + (at.expert * shape->d_model + at.number * WIDTH) * shape->width, NULL}, 0};
+}
+
+static TYPE(panel) TYPE(up_panel)(const struct plan *plan, struct place here, struct place next, elem *room) {
+    const struct shape *shape = &plan->shape;
+    if (plan->call->packed_up) return TYPE(packed_panel)(plan->call->packed_up, here, next, shape->up_panels, TYPE(up_panel_elements)(shape));
+    TYPE(pack_up)(room, (const elem *)plan->call->up + here.expert * shape->pre_width * shape->d_model, shape, here.number);
+    return TYPE(whole)(room, 0, TYPE(up_rows)(plan, next));
+}
+
+static TYPE(panel) TYPE(down_panel)(const struct plan *plan, struct place here, struct place next, elem *room) {
+    const struct shape *shape = &plan->shape;
+    if (plan->call->packed_down) return TYPE(packed_panel)(plan->call->packed_down, here, next, shape->d_panels, TYPE(down_panel_elements)(shape));
+    TYPE(pack_down)(room, (const elem *)plan->call->down + here.expert * shape->d_model * shape->width, shape, here.number);
+    return TYPE(whole)(room, 0, TYPE(down_rows)(plan, next));
 }
 
 INLINE vec TYPE(bias_at)(const elem *bias, long at, long count) { return bias ? TYPE(get)(bias + at, count) : (vec){0}; }
@@ -72,11 +88,16 @@ INLINE vec TYPE(bias_at)(const elem *bias, long at, long count) { return bias ? 
 /* Sums of one panel to the hidden layer, and to `pre` where a backward will want it. */
 static void TYPE(activate)(const struct plan *plan, const float *c, long expert, long number, long first, long rows) {
     const struct shape *shape = &plan->shape;
-    const long F = shape->width, at = number * shape->half, columns = F - at < shape->half ? F - at : shape->half;
+    const long F = shape->width, at = number * shape->half, columns = F - at < shape->half ? F - at : shape->half, bytes = columns * sizeof(elem);
     const elem *bias = plan->call->up_bias ? (const elem *)plan->call->up_bias + expert * shape->pre_width + at : NULL;
     for (long r = first; r < first + rows; r++, c += WIDTH) {
         elem *hidden = (elem *)plan->hidden + r * plan->hidden_stride + at;
         elem *pre = plan->call->pre ? (elem *)plan->call->pre + r * shape->pre_width + at : NULL;
+        if (r + SOON < first + rows) {
+            expect(hidden + SOON * plan->hidden_stride, bytes, 1);
+            if (pre) expect(pre + SOON * shape->pre_width, bytes, 1);
+            if (pre && shape->gated) expect(pre + SOON * shape->pre_width + F, bytes, 1);
+        }
         for (long j = 0; j < columns; j += LANES) {
             vec a = load(c + j) + TYPE(bias_at)(bias, j, columns - j);
             vec u = shape->gated ? load(c + shape->half + j) + TYPE(bias_at)(bias, F + j, columns - j) : (vec){0};
@@ -93,11 +114,11 @@ static void TYPE(up_item)(void *given, const struct item *item, int worker) {
     const matrix x = TYPE(by_token)(plan, plan->x, 0);
     const int32_t *bounds = plan->call->bounds + item->expert;
     for (long number = item->first; number < item->last; number++) {
-        TYPE(panel) panel = TYPE(up_panel)(plan, item->expert, number, room.panel);
-        if (panel.next && number + 1 == item->last && plan->threads > 1) panel.next = panel.at; /* what follows is another thread's */
+        TYPE(panel) panel = TYPE(up_panel)(plan, (struct place){item->expert, number}, next_in_item(plan, item, number), room.panel);
         for (long r = bounds[0]; r < bounds[1]; r += CHUNK) {
             long rows = bounds[1] - r < CHUNK ? bounds[1] - r : CHUNK;
             TYPE(multiply)(x, r, rows, panel, plan->shape.d_model, room.c);
+            TYPE(met)(&panel);
             TYPE(activate)(plan, room.c, item->expert, number, r, rows);
         }
     }
@@ -107,7 +128,7 @@ static void TYPE(up_item)(void *given, const struct item *item, int worker) {
 typedef struct {
     matrix a;
     long elements;                                                             /* of a row of a */
-    TYPE(panel) (*panel)(const struct plan *, long expert, long number, elem *room);
+    TYPE(panel) (*panel)(const struct plan *, struct place here, struct place next, elem *room);
     const float *gate;                                                         /* NULL: 1 */
     const elem *bias;                                                          /* [E, D] or NULL */
     elem *out;                                                                 /* [T, D] */
@@ -119,15 +140,10 @@ static void TYPE(add_rows)(const struct plan *plan, const TYPE(spreading) *from,
     for (long r = first; r < first + rows; r++, c += WIDTH) {
         float *sum = plan->sums + plan->rows.token[r] * plan->sums_stride + at;
         vec gate = splat(from->gate ? from->gate[r] : 1.0f);
+        if (r + SOON < first + rows) expect(plan->sums + plan->rows.token[r + SOON] * plan->sums_stride + at, WIDTH * sizeof *sum, 1);
         for (long j = 0; j < columns; j += LANES)
             store(sum + j, load(sum + j) + gate * (load(c + j) + TYPE(bias_at)(bias, j, columns - j)));
     }
-}
-
-/* From behind an item's last panel of the i-th used expert to its first one of the next. */
-INLINE long TYPE(panels_between)(const struct plan *plan, long i, const struct item *item) {
-    const long experts = i + 1 < plan->rows.used_count ? plan->rows.used[i + 1] - plan->rows.used[i] : 1;
-    return experts * plan->shape.d_panels - (item->last - item->first);
 }
 
 static void TYPE(spread)(const struct plan *plan, const struct item *item, int worker, const TYPE(spreading) *from) {
@@ -140,11 +156,12 @@ static void TYPE(spread)(const struct plan *plan, const struct item *item, int w
         const long stop = first_row_of(plan, plan->call->bounds[e], plan->call->bounds[e + 1], item->token_last);
         const long start = first_row_of(plan, plan->call->bounds[e], stop, item->token_first);
         for (long number = item->first; number < item->last && start < stop; number++) {
-            TYPE(panel) panel = from->panel(plan, e, number, room.panel);
-            if (panel.next && number + 1 == item->last) panel.next += (panel.next - panel.at) * TYPE(panels_between)(plan, i, item);
+            const struct place next = number + 1 < item->last ? (struct place){e, number + 1} : place_of_used(plan, i + 1, item->first);
+            TYPE(panel) panel = from->panel(plan, (struct place){e, number}, next, room.panel);
             for (long r = start; r < stop; r += CHUNK) {
                 long rows = stop - r < CHUNK ? stop - r : CHUNK;
                 TYPE(multiply)(from->a, r, rows, panel, from->elements, room.c);
+                TYPE(met)(&panel);
                 TYPE(add_rows)(plan, from, room.c, e, number, r, rows);
             }
         }

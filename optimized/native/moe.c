@@ -19,15 +19,17 @@ enum {
     WIDTH = LANES * STRIPES, /* columns of a panel */
     TILE_ROWS = 6,
     CHUNK = 192,             /* rows that are multiplied before the epilogue looks at them: their sums stay in the first-level cache */
-    DEPTH = 256,             /* units of a panel that are used at once */
+    DEPTH = 256,             /* units of a panel that are used at once, by many rows; */
+    FEW_DEPTH = 64,          /* by few, */
+    FEW_ROWS = 3 * TILE_ROWS, /* which are up to so many, and more than a tile has */
     SLICES = 4,              /* a part of a panel is fetched ahead in so many pieces */
-    ALONE_AHEAD = 32,        /* units of a packed panel that a tile without others fetches before it uses them */
     ITEMS_PER_THREAD = 4,
     KEPT_BYTES = 256 << 20,  /* a workspace up to this size is kept for the next call: new pages cost more than the work on them */
     HUGE_PAGE = 2 << 20,
     SAMPLES = 16,
-    AHEAD = 8,                  /* units of a panel with gaps that are fetched before they are used */
-    FEW_ROWS = 4 * TILE_ROWS,   /* for so few rows a panel is used where it lies, because packing it would cost more */
+    AHEAD = 32,                 /* units of a panel that a tile without others fetches before it uses them */
+    PACK_AHEAD = 16,            /* units that are fetched before they are packed */
+    SOON = 6,                   /* rows that are fetched before an epilogue is at them */
     PAST_BYTES = 8 << 20,       /* a stack of gradients from this size on is written past the caches */
     PANELS_BYTES = 256 << 10,   /* so much of B is packed at once for a gradient's rows: a part of the second-level cache */
 };
@@ -69,6 +71,29 @@ static long first_row_of(const struct plan *plan, long from, long to, long token
         else to = middle;
     }
     return from;
+}
+
+/* Panel `number` of an expert's matrix. An expert below 0: there is none. */
+struct place { long expert, number; };
+
+static const struct place nowhere = {-1, 0};
+
+/* The i-th expert that has rows. */
+static struct place place_of_used(const struct plan *plan, long i, long number) {
+    return i < plan->rows.used_count ? (struct place){plan->rows.used[i], number} : nowhere;
+}
+
+/* What a thread reads after a panel of an expert's item. After its last panel that is a guess: threads take items in turn, so the other
+ * ones get the experts between. */
+static struct place next_in_item(const struct plan *plan, const struct item *item, long number) {
+    const int32_t *bounds = plan->call->bounds;
+    const long experts = plan->call->experts;
+    if (number + 1 < item->last) return (struct place){item->expert, number + 1};
+    long e = item->expert;
+    for (int turn = 0; turn < plan->threads && e < experts; turn++)
+        do e++;
+        while (e < experts && bounds[e] == bounds[e + 1]);
+    return e < experts ? (struct place){e, 0} : nowhere;
 }
 
 static void add_item(struct plan *plan, struct item item) { plan->items[plan->item_count++] = item; }

@@ -28,11 +28,18 @@ typedef struct { const elem *at; long stride; const int32_t *index; } TYPE(matri
 
 INLINE const elem *TYPE(row)(matrix m, long row) { return m.at + (m.index ? m.index[row] : row) * m.stride; }
 
-/* A panel, and how far one unit of it is from the next: packed ones lie close, and one that is used where it lies does not.
- * `next`: one that was packed long ago, and so must be fetched from memory, is followed by this one; NULL for all others. */
-typedef struct { const elem *at; long stride; const elem *next; } TYPE(panel);
+/* What will be read next and is fetched while something else is multiplied: what a panel is, or is packed from, in two halves. Each is one
+ * piece of memory, or with a step half a unit of a panel at a time, so many elements from one to the next. A second half that is NULL
+ * follows the first; a first one that is NULL: nothing is known. */
+typedef struct { const elem *half[2]; long step; } TYPE(soon);
 
-INLINE TYPE(panel) TYPE(whole)(const elem *packed, const elem *next) { return (TYPE(panel)){packed, WIDTH * PER_UNIT, next}; }
+static const TYPE(soon) TYPE(nothing);
+
+/* A panel, and how far one unit of it is from the next: packed ones lie close, and one that is used where it lies does not.
+ * `old`: it was not packed just now, and so must be fetched from memory itself. */
+typedef struct { const elem *at; long stride; int old; TYPE(soon) next; } TYPE(panel);
+
+INLINE TYPE(panel) TYPE(whole)(const elem *packed, int old, TYPE(soon) next) { return (TYPE(panel)){packed, WIDTH * PER_UNIT, old, next}; }
 
 INLINE long TYPE(units)(long elements) { return (elements + PER_UNIT - 1) / PER_UNIT; }
 INLINE long TYPE(padded)(long elements) { return TYPE(units)(elements) * PER_UNIT; }
@@ -93,24 +100,37 @@ INLINE vec TYPE(fetch)(const elem *b) { return TYPE(get)(b, LANES); }
 INLINE vec TYPE(multiply_add)(vec sum, vec a, vec b) { return sum + a * b; }
 #endif
 
-/* A register tile: `rows` rows of A times one panel. rows · STRIPES sums stay in registers for the whole loop; with 6 × 4 of the 32
- * registers of AVX-512 and NEON, or 6 × 2 of 16, the loop computes more than it loads. Each sum runs over k in order, whatever the
- * number of rows beside it, so no result depends on how rows were grouped. `add`: to what c holds. */
-INLINE void TYPE(tile)(
-    int rows, int slices, const elem *const *a, long step, const elem *panel, long stride, long count, float *c, int add, const elem *ahead) {
+/* Where the sums of a product go: to `c`, rows of WIDTH; or, with `out`, to rows `apart` elements from each other, for good. */
+typedef struct { float *c; elem *out; long apart; } TYPE(target);
+
+/* What a register tile multiplies. Unit k of row i is at a[i] + k · step, and unit k of the panel at panel + k · stride. With each unit a
+ * few lines at ahead + k · ahead_step are fetched. Sums begin with what `from` holds, NULL: with 0. `add`: to what the target holds. */
+typedef struct {
+    const elem *a[TILE_ROWS], *panel, *ahead;
+    const float *from;
+    long step, stride, ahead_step, count;
+    TYPE(target) to;
+    int add;
+} TYPE(tile);
+
+/* `rows` rows of A times one panel. rows · STRIPES sums stay in registers for the whole loop; with 6 × 4 of the 32 registers of AVX-512
+ * and NEON, or 6 × 2 of 16, the loop computes more than it loads. Each sum runs over k in order, whatever the number of rows beside it,
+ * so no result depends on how rows were grouped. `lines` are fetched into the second-level cache: the first has no room for them, and
+ * few places to wait in. */
+INLINE void TYPE(multiply_tile)(int rows, int lines, const TYPE(tile) *tile) {
     vec sum[TILE_ROWS][STRIPES];
-    const long far = stride == WIDTH * PER_UNIT ? 0 : AHEAD * stride; /* what lies close the machine fetches by itself */
+    const elem *panel = tile->panel, *ahead = tile->ahead, *a[TILE_ROWS];
+    float *c = tile->to.c;
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; i++)
+    for (int i = 0; i < rows; i++) {
+        a[i] = tile->a[i];
 #pragma GCC unroll 8
-        for (int j = 0; j < STRIPES; j++) sum[i][j] = (vec){0};
-    for (long k = 0, at = 0; k < count; k++, at += step, panel += stride) {
+        for (int j = 0; j < STRIPES; j++) sum[i][j] = tile->from ? load(tile->from + (i * STRIPES + j) * LANES) : (vec){0};
+    }
+    for (long k = 0, at = 0; k < tile->count; k++, at += tile->step, panel += tile->stride, ahead += tile->ahead_step) {
         TYPE(operand) b[STRIPES];
-        if (far)
 #pragma GCC unroll 8
-            for (int j = 0; j < STRIPES; j++) __builtin_prefetch(panel + far + j * LANES * PER_UNIT);
-#pragma GCC unroll 8
-        for (int j = 0; j < slices; j++) __builtin_prefetch(ahead + (k * slices + j) * (WIDTH * PER_UNIT / SLICES));
+        for (int j = 0; j < lines; j++) __builtin_prefetch(ahead + j * (WIDTH * PER_UNIT / SLICES), 0, 2);
 #pragma GCC unroll 8
         for (int j = 0; j < STRIPES; j++) b[j] = TYPE(fetch)(panel + j * LANES * PER_UNIT);
 #pragma GCC unroll 8
@@ -123,47 +143,93 @@ INLINE void TYPE(tile)(
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 8
-        for (int j = 0; j < STRIPES; j++, c += LANES) store(c, add ? load(c) + sum[i][j] : sum[i][j]);
+        for (int j = 0; j < STRIPES; j++, c += LANES)
+            if (tile->to.out) TYPE(put_away)(tile->to.out + i * tile->to.apart + j * LANES, sum[i][j], LANES);
+            else store(c, tile->add ? load(c) + sum[i][j] : sum[i][j]);
 }
 
-/* The numbers of rows and of slices must be constants for the sums to live in registers. */
-static void TYPE(some_rows)(
-    int rows, int slices, const elem *const *a, long step, const elem *panel, long stride, long count, float *c, int add, const elem *ahead) {
-#define TILE(R, S) case R * 8 + S: TYPE(tile)(R, S, a, step, panel, stride, count, c, add, ahead); break;
+/* The numbers of rows and of lines must be constants for the sums to live in registers. */
+static void TYPE(some_rows)(int rows, int lines, const TYPE(tile) *tile) {
+#define TILE(R, L) case R * 8 + L: TYPE(multiply_tile)(R, L, tile); break;
 #define TILES(R) TILE(R, 0) TILE(R, 1) TILE(R, 2) TILE(R, 4)
-    switch (rows * 8 + slices) { TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6) }
+    switch (rows * 8 + lines) { TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6) }
 #undef TILES
 #undef TILE
 }
 
-/* c[rows][WIDTH] = A · panel over `count` units, for at most CHUNK rows; unit k of row i is at a[i] + k · step.
- * A part of the panel that stays in the cache serves all rows before the next part is read; and a long sum made of the sums of its
- * parts has a smaller rounding error than one that runs through. The tiles share the fetching of the part that follows, so that the
- * machine multiplies while it reads; a tile without others fetches what it will need itself. */
-static void TYPE(product)(const elem *const *a, long step, long rows, TYPE(panel) panel, long count, float *c) {
-    const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, slice = WIDTH * PER_UNIT / SLICES, packed = panel.stride == WIDTH * PER_UNIT;
-    const int each = tiles >= SLICES ? 1 : tiles > 1 ? 2 : 4;
-    for (long k = 0; k < count || k == 0; k += DEPTH) {
-        const long part = count - k < DEPTH ? count - k : DEPTH;
-        const elem *here = panel.at + k * panel.stride, *next = packed && k + part < count ? here + part * panel.stride : panel.next;
-        for (long r = 0, t = 0; t < tiles; t++) {
-            const int take = (int)((rows - r + tiles - t - 1) / (tiles - t)); /* 7 rows are 4 + 3, not 6 + 1: short tiles waste loads */
-            const int slices = (tiles > 1 ? next && t * each < SLICES : panel.next != NULL) ? each : 0;
-            const elem *from[TILE_ROWS];
-            for (int i = 0; i < take; i++) from[i] = a[r + i] + k * step;
-            TYPE(some_rows)(
-                take, slices, from, step, here, panel.stride, part, c + r * WIDTH, k > 0,
-                !slices ? NULL : tiles > 1 ? next + t * each * part * slice : here + ALONE_AHEAD * WIDTH * PER_UNIT);
-            r += take;
-        }
+/* What is fetched while units k … k + part − 1 of a panel are multiplied: of an old one the part that follows, after its last part and of
+ * a new one what comes next. */
+INLINE TYPE(soon) TYPE(during)(TYPE(panel) panel, long k, long part, long count) {
+    const long half = WIDTH * PER_UNIT / 2;
+    TYPE(soon) next = panel.next;
+    if (panel.old && k + part < count) next = (TYPE(soon)){{panel.at + (k + part) * panel.stride, NULL}, 0};
+    for (int i = 0; i < 2 && !panel.old; i++)
+        if (next.half[i]) next.half[i] += k * (next.step ? next.step : half);
+    if (next.half[0] && !next.half[1]) next.half[1] = next.half[0] + part * half;
+    return next;
+}
+
+/* A tile without others fetches what it will need itself, of a packed panel too: the machine foresees that, but not far enough. */
+INLINE int TYPE(fetch_alone)(TYPE(panel) panel, TYPE(tile) *tile) {
+    tile->ahead = tile->panel + AHEAD * panel.stride, tile->ahead_step = panel.stride;
+    return panel.old ? SLICES : 0;
+}
+
+/* Several tiles share the fetching of the four slices of what is next: tile t takes the next `lines`. */
+INLINE int TYPE(fetch_together)(TYPE(soon) next, long t, int lines, long part, TYPE(tile) *tile) {
+    const long first = t * lines, slice = WIDTH * PER_UNIT / SLICES;
+    if (first >= SLICES || !next.half[first / 2]) return 0;
+    tile->ahead = next.half[first / 2] + first % 2 * (next.step ? slice : part * slice);
+    tile->ahead_step = next.step ? next.step : lines * slice;
+    return lines;
+}
+
+/* All rows times units k … k + part − 1 of a panel, as `tile` says for its first row. */
+static void TYPE(multiply_part)(const elem *const *a, long rows, TYPE(panel) panel, long k, long part, long count, TYPE(tile) tile) {
+    const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    const TYPE(soon) next = TYPE(during)(panel, k, part, count);
+    tile.panel = panel.at + k * panel.stride, tile.stride = panel.stride, tile.count = part;
+    for (long r = 0, t = 0; t < tiles; t++) {
+        const int take = (int)((rows - r + tiles - t - 1) / (tiles - t)); /* 7 rows are 4 + 3, not 6 + 1: one row has too few sums */
+        for (int i = 0; i < take; i++) tile.a[i] = a[r + i] + k * tile.step;
+        const int lines = tiles == 1 ? TYPE(fetch_alone)(panel, &tile) : TYPE(fetch_together)(next, t, tiles >= SLICES ? 1 : 2, part, &tile);
+        TYPE(some_rows)(take, lines, &tile);
+        tile.to.c += take * WIDTH, tile.to.out += take * tile.to.apart, r += take;
+        if (tile.from) tile.from += take * WIDTH;
     }
 }
 
+/* A · panel over `count` units, for at most CHUNK rows; unit k of row i is at a[i] + k · step. A target that is `out` needs count ≤ DEPTH.
+ * A part of the panel that stays in the cache serves all rows before the next part is read, and meanwhile what follows is fetched, so
+ * that the machine multiplies while it reads. A few tiles are done so soon that only small parts leave the first-level cache room for
+ * what arrives; with many, going on with sums costs more than that. Sums run through DEPTH units, in parts or not, and a longer sum is
+ * made of such, which has a smaller rounding error than one that runs through. */
+static void TYPE(product)(const elem *const *a, long step, long rows, TYPE(panel) panel, long count, TYPE(target) to) {
+    float unfinished[FEW_ROWS * WIDTH];
+    const int few = panel.old && !to.out && rows > TILE_ROWS && rows <= FEW_ROWS; /* what goes to its place for good goes there once */
+    long k = 0;
+    do {
+        const long start = k, stop = count - k < DEPTH ? count : k + DEPTH;
+        float *sums = start ? unfinished : to.c;
+        do {
+            const long part = few && stop - k > FEW_DEPTH ? FEW_DEPTH : stop - k;
+            const int last = k + part == stop;
+            TYPE(tile) tile = {.from = k > start ? sums : NULL, .step = step, .to = to, .add = last && start};
+            if (!last) tile.to.c = sums;
+            TYPE(multiply_part)(a, rows, panel, k, part, count, tile);
+            k += part;
+        } while (k < stop);
+    } while (k < count);
+}
+
 /* panel[k][j] = source[row k][first + j] for j < columns, 0 up to `wide`: B as it lies in memory, or columns of A for a product over rows.
- * Where units are pairs, rows 2k and 2k + 1 are interleaved, and a last odd row is paired with zeros. */
+ * Where units are pairs, rows 2k and 2k + 1 are interleaved, and a last odd row is paired with zeros. Rows are short pieces far apart,
+ * so those that come soon are fetched. */
 static void TYPE(pack_rows)(elem *restrict panel, long wide, matrix source, long rows, long first, long columns) {
     for (long k = 0; k < rows; k += PER_UNIT, panel += wide * PER_UNIT) {
         const elem *even = TYPE(row)(source, k) + first;
+        for (long soon = k + PACK_AHEAD * PER_UNIT, i = soon; i < soon + PER_UNIT && i < rows; i++)
+            for (long j = 0; j < columns; j += 64 / (long)sizeof *even) __builtin_prefetch(TYPE(row)(source, i) + first + j, 0, 2);
 #if PER_UNIT == 2
         const elem *odd = k + 1 < rows ? TYPE(row)(source, k + 1) + first : NULL;
         if (odd)
@@ -177,25 +243,35 @@ static void TYPE(pack_rows)(elem *restrict panel, long wide, matrix source, long
     }
 }
 
+/* Units k … k + LANES − 1 of LANES rows, turned. While that is done, the same pieces of the rows that follow are fetched, which lie
+ * `further` elements on. `all`: none of the rows is NULL. */
+INLINE void TYPE(pack_square)(elem *panel, const elem *const *rows, const elem *const *following, long k, long further, int all) {
+    uvec square[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+        if (!all) square[i] = (uvec){0};
+        if (all || rows[i]) memcpy(&square[i], rows[i] + k * PER_UNIT, sizeof *square);
+        if (all) __builtin_prefetch(following[i] + further + k * PER_UNIT, 0, 2);
+    }
+    transpose(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) memcpy(panel + (k + i) * WIDTH * PER_UNIT, &square[i], sizeof *square);
+}
+
 /* panel[k][j] = rows[j][k], 0 for a row that is NULL: B lies in memory as its transpose, as weights do that are stored [out, in].
- * A square is LANES short pieces far apart, which no machine foresees: while one is turned, the pieces that are next in memory are
- * fetched, those of the next LANES rows, or after the last ones those of the next panel, whose rows lie `next` elements on. */
+ * A square is LANES short pieces far apart, which no machine foresees; after the last rows of this panel come those of the next, whose
+ * rows lie `next` elements on. */
 static void TYPE(pack_transposed)(elem *panel, const elem *const rows[WIDTH], long elements, long next) {
     enum { UNIT_BYTES = PER_UNIT * sizeof(elem) };
     const long whole = UNIT_BYTES == 4 ? elements / PER_UNIT / LANES * LANES : 0;
     for (int j = 0; j < WIDTH && whole; j += LANES) {
         const elem *const *following = rows + (j + LANES) % WIDTH;
         const long further = j + LANES < WIDTH ? 0 : next;
-        for (long k = 0; k < whole; k += LANES) {
-            uvec square[LANES];
-            for (int i = 0; i < LANES; i++) {
-                square[i] = (uvec){0};
-                if (rows[j + i]) memcpy(&square[i], rows[j + i] + k * PER_UNIT, sizeof *square);
-                if (following[i]) __builtin_prefetch(following[i] + further + k * PER_UNIT, 0, 2);
-            }
-            transpose(square);
-            for (int i = 0; i < LANES; i++) memcpy(panel + ((k + i) * WIDTH + j) * PER_UNIT, &square[i], sizeof *square);
-        }
+        int all = 1;
+        for (int i = 0; i < LANES; i++) all &= rows[j + i] && following[i];
+        for (long k = 0; k < whole; k += LANES)
+            if (all) TYPE(pack_square)(panel + j * PER_UNIT, rows + j, following, k, further, 1);
+            else TYPE(pack_square)(panel + j * PER_UNIT, rows + j, following, k, further, 0);
     }
     for (long k = whole; k < TYPE(units)(elements); k++)
         for (int j = 0; j < WIDTH; j++)

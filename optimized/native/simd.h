@@ -74,6 +74,14 @@ INLINE void stream(void *to, const void *from, long bytes) { memcpy(to, from, by
 INLINE void drain(void) {}
 #endif
 
+/* Ask for some cache lines before they are needed: for reading, or for writing. */
+INLINE void expect(const void *at, long bytes, int writing) {
+#pragma GCC unroll 8
+    for (long i = 0; i < bytes; i += 64)
+        if (writing) __builtin_prefetch((const char *)at + i, 1, 3);
+        else __builtin_prefetch((const char *)at + i, 0, 3);
+}
+
 /* where yes has all bits set: a, else b. C has no ?: for vectors. */
 INLINE vec choose(ivec yes, vec a, vec b) { return (vec)((yes & (ivec)a) | (~yes & (ivec)b)); }
 
@@ -112,33 +120,50 @@ INLINE vec exponential(vec x) {
     return p * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
 }
 
-/* Transpose a square of LANES × LANES 32-bit numbers. Interleaving row i with row i + LANES/2 moves the highest bit of the row
- * number to the lowest bit of the column number; after log2(LANES) rounds rows and columns have changed places. */
+/* Transpose a square of LANES × LANES 32-bit numbers: first within blocks of four lanes, by single lanes and by pairs, which every
+ * machine shuffles fastest; then the blocks of four themselves. */
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (uvec){__VA_ARGS__})
 #endif
 #if LANES == 16
-#define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define EACH_BLOCK(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
+#define EVEN_BLOCKS 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
+#define ODD_BLOCKS 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
 #elif LANES == 8
-#define LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
-#define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#define EACH_BLOCK(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
+#define EVEN_BLOCKS 0, 1, 2, 3, 8, 9, 10, 11
+#define ODD_BLOCKS 4, 5, 6, 7, 12, 13, 14, 15
 #else
-#define LOW_HALVES 0, 4, 1, 5
-#define HIGH_HALVES 2, 6, 3, 7
+#define EACH_BLOCK(a, b, c, d) a, b, c, d
 #endif
 
 INLINE void transpose(uvec square[LANES]) {
     uvec turned[LANES];
-    for (int round = 1; round < LANES; round *= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < LANES / 2; i++) {
-            turned[2 * i] = SHUFFLE(square[i], square[i + LANES / 2], LOW_HALVES);
-            turned[2 * i + 1] = SHUFFLE(square[i], square[i + LANES / 2], HIGH_HALVES);
-        }
-        memcpy(square, turned, sizeof turned);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i += 2) {
+        turned[i] = SHUFFLE(square[i], square[i + 1], EACH_BLOCK(0, LANES, 1, LANES + 1));
+        turned[i + 1] = SHUFFLE(square[i], square[i + 1], EACH_BLOCK(2, LANES + 2, 3, LANES + 3));
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i += 4)
+        for (int j = 0; j < 2; j++) {
+            square[i + 2 * j] = SHUFFLE(turned[i + j], turned[i + j + 2], EACH_BLOCK(0, 1, LANES, LANES + 1));
+            square[i + 2 * j + 1] = SHUFFLE(turned[i + j], turned[i + j + 2], EACH_BLOCK(2, 3, LANES + 2, LANES + 3));
+        }
+#if LANES > 4
+#pragma GCC unroll 4
+    for (int blocks = LANES / 4, far = 4; blocks > 1; blocks /= 2, far *= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) turned[i] = square[i];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES / 2; i++) {
+            const int from = i % far + i / far * 2 * far;
+            square[from] = SHUFFLE(turned[from], turned[from + far], EVEN_BLOCKS);
+            square[from + far] = SHUFFLE(turned[from], turned[from + far], ODD_BLOCKS);
+        }
+    }
+#endif
 }
 #endif
