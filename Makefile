@@ -22,7 +22,7 @@ MOEBIUS := $(PY) -m optimized.cli
 	status site site-build clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 17
 
 install: $(INSTALLED)  ## make the environment, with the versions of constraints.txt
 	@echo "$(if $(INSTALLED),ready: $(PY),VENV is empty: using $(PY) as it is)"
@@ -91,7 +91,7 @@ status: $(INSTALLED)  ## write the generated tables again
 site-build: $(INSTALLED)  ## build the documentation into site/ (needs npm)
 	$(PY) docs/tools/build.py
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
-	$(PY) docs/tools/formulas.py site
+	$(PY) docs/tools/finish.py site
 
 site: export SITE_URL = http://127.0.0.1:$(PORT)/
 site: site-build  ## build it and serve it (PORT=8000)

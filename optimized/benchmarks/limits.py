@@ -16,6 +16,9 @@ from .shapes import MODES, Problem
 from .timing import Candidate, Times
 
 STREAM_BYTES = 1 << 27
+HEAP_BYTES = 31 << 20
+"""glibc gives what is smaller than the largest piece that has come back from the system, up to 32 MiB, from pages that it keeps. oneDNN
+allocates its results anew; on fresh pages each time the limit would be half of what the machine can do."""
 BLOCK_ROWS = 2048  # with more at once the result leaves every cache, and its pages are new each time
 PRODUCTS = {"torch.mm": "dense, torch.mm", "oneDNN": "dense, oneDNN prepacked"}
 STREAM = "stream of 128 MiB"
@@ -73,6 +76,7 @@ def _packed(x_ND: Tensor, hidden_NF: Tensor, up_MD: Tensor, down_DF: Tensor) -> 
         operators._linear_pointwise(x_ND, up, None, "none", [], "")
     except (AttributeError, RuntimeError):
         return None
+    torch.empty(HEAP_BYTES, dtype=torch.uint8)
 
     def product(rows: int) -> None:
         operators._linear_pointwise(x_ND[:rows], up, None, "none", [], "")

@@ -21,12 +21,15 @@ def load_average() -> list[float]:
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
 
 
-def _processor() -> str:
+def _processor(described: Path = Path("/proc/cpuinfo")) -> str:
+    """Its name, and on x86 its generation, which a virtual machine's name leaves out."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = described.read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    generation = f" (family {said['cpu family']}, model {said['model']})" if {"cpu family", "model"} <= said.keys() else ""
+    return said.get("model name", platform.processor()) + generation
 
 
 def _version(package: str) -> str | None:

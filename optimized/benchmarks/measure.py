@@ -22,14 +22,14 @@ from .journal import Journal, Nowhere, fingerprint
 from .memory import peak_bytes, saved_bytes
 from .peers import OURS, RIVAL, Peer, Runnable, everybody
 from .shapes import BATCHES, DTYPES, EXPERT_COUNTS, LOADS, MODES, SHAPES, TOKENS, Problem, Shape, problem, weights
-from .timing import ROUNDS, Candidate, Spread, Times, interleave, ratio
+from .timing import ROUNDS, Candidate, Spread, Times, interleave, ratio, steadiest
 
 SCHEMA = 2
 CLOCKS: dict[bool, tuple[str, Callable[[], float]]] = {
     True: ("processor time of the process", time.process_time),
     False: ("wall clock", time.perf_counter),
 }
-MANY_TOKENS = 1024  # from here on a peer that was far behind with fewer tokens is left out
+MANY_TOKENS = 1024  # from here on a peer that was far behind with fewer tokens is left out, as with more threads always
 FAR_BEHIND = 3.0
 FEWER_ROUNDS = 3  # with so many tokens one step is long enough to be a mean of its own
 ALONE_TOKENS = 4096  # from here on one thread only, and of ours only what `auto` runs, which keeps the whole run short
@@ -50,7 +50,7 @@ class Plan:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     modes: tuple[str, ...] = MODES
     threads: tuple[int, ...] = (1,)
-    seconds: float = 0.8
+    seconds: float = 0.7
     sweeps: bool = True
     close: bool = False
 
@@ -165,11 +165,13 @@ def _measure_part(found: Found, part: tuple[str, str, int, str], tell: Tell, pee
     tell(f"the gate: {where}")
     given = _problem(shape, dtype, tokens)
     ready, out = build(given, mode, _exact(shape, dtype, tokens), _invited(found.plan, tokens, peers()), _far_behind(found, part))
-    measured = []
+    measured: list[dict[str, Any]] = []
     for count in found.plan.threads_at(tokens):
         tell(f"{where}, {count} thread{'s' * (count > 1)}")
         head = {"shape": shape, "tokens": tokens, "load": given.load, "dtype": dtype, "mode": mode, "threads": count}
         measured.append(head | measure(given, mode, ready, out, count, found.plan.seconds))
+        far = _far_in(measured[-1], "on one thread") if count == 1 else {}
+        ready, out = {name: one for name, one in ready.items() if name not in far}, {**out, **far}
     return measured
 
 
@@ -201,14 +203,16 @@ def _far_behind(found: Found, part: tuple[str, str, int, str]) -> dict[str, str]
     earlier = [m for m in found.measurements if all(m[name] == value for name, value in key.items()) and m["tokens"] < tokens]
     if tokens < MANY_TOKENS or not earlier:
         return {}
-    last = earlier[-1]
-    times = {row["name"]: row["milliseconds"].median for row in last["candidates"] if not row["ours"] and row["name"] != RIVAL}
-    best = min((row["milliseconds"].median for row in last["candidates"] if row["same_function"] and not row["ours"]), default=0.0)
-    return {
-        name: f"it took {value / best:.0f} × the time of the best peer at T = {last['tokens']}"
-        for name, value in times.items()
-        if value > FAR_BEHIND * best
-    }
+    return _far_in(earlier[-1], f"at T = {earlier[-1]['tokens']}")
+
+
+def _far_in(measured: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Peer → by how much the best of them was ahead of it in a measurement, for those that it was far ahead of."""
+    rows = [row for row in measured["candidates"] if not row["ours"]]
+    times = {row["name"]: row["milliseconds"].median for row in rows if row["name"] != RIVAL}
+    best = min((row["milliseconds"].median for row in rows if row["same_function"]), default=0.0)
+    far = {name: value / best for name, value in times.items() if value > FAR_BEHIND * best}
+    return {name: f"it took {behind:.0f} × the time of the best peer {where}" for name, behind in far.items()}
 
 
 Ready = dict[str, tuple[Peer, Runnable]]
@@ -252,14 +256,18 @@ def measure(given: Problem, mode: str, ready: Ready, out: Mapping[str, str], cou
     candidates = {name: _candidate(given, runnable, mode) for name, (_, runnable) in ready.items()}
     with threads(count):
         least = FEWER_ROUNDS if given.tokens >= MANY_TOKENS else ROUNDS
-        times = interleave(candidates | limits.candidates(given), seconds=seconds, clock=clock, least=least)
+        everyone = candidates | limits.candidates(given)
+        times, takes = steadiest(
+            lambda: interleave(everyone, seconds=seconds, clock=clock, least=least),
+            lambda times: [limits.limit(given, mode, times)[1], *([times[OURS]] if OURS in times else [])],
+        )
     bound, limit = limits.limit(given, mode, times)
     saved: dict[str, int] = {}
     peak: dict[str, int | None] = {}
     for name, (_, runnable) in ready.items() if count == 1 else ():
         if mode != MODES[0]:
             saved[name] = saved_bytes(given, runnable)
-        if given.tokens >= MANY_TOKENS:
+        if given.tokens >= MANY_TOKENS and name in (OURS, RIVAL):
             with threads(1):
                 peak[name] = peak_bytes(candidates[name].step)
         gate.forget_gradients(given, runnable)
@@ -268,6 +276,7 @@ def measure(given: Problem, mode: str, ready: Ready, out: Mapping[str, str], cou
     rows = [_row(peer, times, limit, saved.get(name), peak.get(name)) for name, (peer, _) in ready.items()]
     return {
         "clock": clock_name,
+        "takes": takes,
         "flops": limits.active_flops(given, mode),
         "touched_experts": given.touched,
         "touched_bytes": limits.streamed_bytes(given, mode),
@@ -307,7 +316,7 @@ def _sweep(plan: Plan, mode: str, name: str, peers: list[Peer]) -> dict[str, Any
         ready, _ = build(given, mode, gate.truth(given), chosen)
         candidates |= {f"{who} | {key}": _candidate(given, runnable, mode) for who, (_, runnable) in ready.items()}
     with threads(1):
-        times = interleave(candidates, seconds=4 * plan.seconds, clock=CLOCKS[True][1], least=3)
+        times = interleave(candidates, seconds=3 * plan.seconds, clock=CLOCKS[True][1], least=3)
     first, rows = next(iter(problems)), []
     for label, values in times.items():
         who, key = label.split(" | ")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import backends
 from ..native.library import load
+from ..recycling import POOL
 from .peers import Runnable
 from .shapes import SHAPES, Problem
 
@@ -43,8 +44,9 @@ def _resident(name: str) -> int:
 
 
 def _give_back() -> None:
-    """Freed memory, and the workspace that our kernel keeps, go back to the system: the next step has to fetch its own."""
+    """Freed memory, and what our fast paths keep of it, goes back to the system: the next step has to fetch its own."""
     gc.collect()
+    POOL.release()
     config = next(iter(SHAPES.values())).config
     if backends.why_not("native", torch.device("cpu"), torch.float32, config) is None:
         load().release()
