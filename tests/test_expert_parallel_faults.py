@@ -9,18 +9,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from conftest import REPOSITORY
 from distributed_worker import stepped
 from test_expert_parallel import assert_good
+from torch.distributed.device_mesh import DeviceMesh
 
 from optimized.expert_parallel import full_state_dict, load_sharded, save_sharded
-from optimized.expert_parallel.faults import CONFIG, ENDS, MATRIX, RANKS, STAGES, TIMEOUT, ep_mesh, run_fault
+from optimized.expert_parallel.faults import CONFIG, ENDS, MATRIX, RANKS, STAGES, TIMEOUT, ep_mesh, leave, run_fault
 from optimized.expert_parallel.ranks import Ended, run_ranks
-from optimized.expert_parallel.transport import ROLL_CALL_SECONDS
+from optimized.expert_parallel.roll_call import ROLL_CALL_SECONDS
+from optimized.expert_parallel.transport import Transport
 from reference.autograd import MoE
 
 SLACK_SECONDS = 10.0  # what its waiting for a core may add to the two timeouts
@@ -43,6 +48,28 @@ def test_rank_killed_while_tokens_travel() -> None:
     ended = run_fault(1, "after dispatch started", "kill")
     assert ended[1].exitcode == -signal.SIGKILL
     assert_survivors_know(ended, 1)
+
+
+def wait_for_a_survivor(how: str) -> str:
+    """In a rank: the last one ends, the one before it notices at once, and the first waits in another group for the one that noticed."""
+    everyone, first_two = Transport(ep_mesh()), DeviceMesh("cpu", [0, 1])
+    rank = torch.distributed.get_rank()
+    if rank == 2:
+        leave()
+    pair = Transport(first_two)
+    if rank == 0 and how == "objects":
+        pair.gather_objects(None, "adding up")
+    (pair if rank == 0 else everyone).sum_(torch.zeros(1), "adding up")
+    return "no error"
+
+
+@pytest.mark.parametrize("how", ["numbers", pytest.param("objects", marks=pytest.mark.slow)])
+def test_a_rank_that_waits_for_a_survivor_is_not_taken_for_lost(how: str) -> None:
+    """Nobody's time is up: what the first rank waits for fails only when the second one ends."""
+    first, second, _ = run_ranks(RANKS, wait_for_a_survivor, how, deadline=60)
+    for rank, ended in enumerate((first, second)):
+        assert ended.error.startswith(f"RankLostError: rank {rank} of 3: adding up failed: rank 2 ended or hangs"), ended
+    assert "which rank 1 found" in first.error, "the lost rank is in no group with this one"
 
 
 @pytest.mark.slow
@@ -84,6 +111,27 @@ def test_the_committed_fault_table_is_what_the_command_writes() -> None:
     assert found == list(MATRIX.values())
     assert all(row["named"] for row in [*report["lost"], *report["disagreements"]])
     assert all(len(row["saw"]) == RANKS - 1 for row in report["lost"])
+
+
+def add_up() -> float:
+    """In a rank: something with all others."""
+    one = torch.ones(1)
+    torch.distributed.all_reduce(one)
+    return one.item()
+
+
+@pytest.mark.slow
+def test_a_rank_that_starts_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine starts processes when it can; the timeout is that of a collective."""
+    process, started = type(mp.get_context("forkserver").Process()), []
+
+    def start_late(self: Any, begin: Callable[[Any], None] = process.start) -> None:
+        time.sleep(6 * len(started))
+        started.append(self)
+        begin(self)
+
+    monkeypatch.setattr(process, "start", start_late)
+    assert [ended.result for ended in run_ranks(2, add_up, deadline=60, timeout=3)] == [2, 2]
 
 
 def save_once(folder: str) -> list[str]:

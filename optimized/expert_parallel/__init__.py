@@ -1,9 +1,15 @@
 """Expert parallelism on `torch.distributed`: the experts of every MoE spread over ranks, equal to one process.
 
-    parallelize(model, mesh["ep"])                      # before the optimizer is made: the experts' parameters become DTensors
-    optimizer = torch.optim.AdamW(optimizer_groups(model))
+    # before the optimizer is made, for
+    # experts' parameters become DTensors
+    parallelize(model, mesh["ep"])
+    groups = optimizer_groups(model)
+    optimizer = torch.optim.AdamW(groups)
     ...
-    (task_loss + aux.loss).backward();  sync_gradients(model);  clip_grad_norm_(model, 1.0);  optimizer.step()
+    (task_loss + aux.loss).backward()
+    sync_gradients(model)
+    clip_grad_norm_(model, 1.0)
+    optimizer.step()
 
 The objective is the mean over ranks of each rank's loss, as in data parallelism: a rank adds `aux.loss`, which is that of the whole batch
 on every rank, to the mean over its own tokens (times R·T_rank / T where the ranks' tokens differ in number). After `sync_gradients`

@@ -114,7 +114,7 @@ def save_sharded(path: str | os.PathLike[str], module: nn.Module, optimizer: tor
         _sync(path.parent, files=False)
 
     on_rank_0(prepare, transport, what)
-    with transport.guarded(what):
+    with transport.answering(what):
         save({**_state(module, optimizer), "extra": extra}, checkpoint_id=temporary)
     on_rank_0(finish, transport, what)
     return path
@@ -128,7 +128,7 @@ def on_rank_0(act: Callable[[], object], transport: Transport, what: str, group:
             act()
         except (OSError, ValueError) as error:
             outcome = [error]
-    with transport.guarded(what):
+    with transport.answering(what):
         dist.broadcast_object_list(outcome, group=group, group_src=0)
     if outcome[0] is not None:
         raise outcome[0]

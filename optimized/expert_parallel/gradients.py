@@ -106,8 +106,7 @@ def _over_mesh(square: Tensor, key: Any, transport: Transport) -> Tensor:
     mesh, placements = key
     for dimension, placement in enumerate(placements):
         if not placement.is_replicate():
-            with transport.guarded("adding up the gradients' norm"):
-                torch.distributed.all_reduce(square, group=mesh.get_group(dimension))
+            transport.sum_(square, "adding up the gradients' norm", mesh.get_group(dimension))
     return square
 
 

@@ -271,14 +271,14 @@ def _check_equal_start(layers: list[tuple[str, ReferenceMoE]], transport: Transp
         for name, layer in layers
     ]
     theirs = transport.gather_objects(mine, "comparing the layers of all ranks")
-    require_agreement("the layers", [[name for name, _, _ in one] for one in theirs])
+    require_agreement("the layers", [[name for name, _, _ in one] for one in theirs], transport.members)
     for number, (name, config, tensors) in enumerate(mine):
         where = f" of layer {name}" if name else ""
         configs, params = ([one[number][part] for one in theirs] for part in (1, 2))
         for section in config:
-            require_agreement(f"the config{where}, {section}", [one.get(section) for one in configs])
+            require_agreement(f"the config{where}, {section}", [one.get(section) for one in configs], transport.members)
         for key in tensors:
-            require_agreement(f"{key}{where} (shape, dtype, fingerprint of its bits)", [one.get(key) for one in params])
+            require_agreement(f"{key}{where} (shape, dtype, fingerprint of its bits)", [one.get(key) for one in params], transport.members)
 
 
 def _shard(layer: ReferenceMoE, mesh: DeviceMesh, placement: Placement, rank: int) -> None:

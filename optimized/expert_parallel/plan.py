@@ -92,7 +92,7 @@ def agree_on_pass(mine: Pass, transport: Transport) -> None:
     table = transport.gather([*map(int, mine)], f"beginning a pass through layer {mine.layer}")
     for place, (field, words) in enumerate(WORDS.items()):
         values = [row[place] for row in table]
-        require_agreement(words, [str(DTYPES[value]) for value in values] if field == "dtype" else values)
+        require_agreement(words, [str(DTYPES[value]) for value in values] if field == "dtype" else values, transport.members)
 
 
 def agree_on_counts(going: Outgoing, local_experts: Sequence[int], top_k: int, transport: Transport, layer: int) -> Incoming:
@@ -103,19 +103,19 @@ def agree_on_counts(going: Outgoing, local_experts: Sequence[int], top_k: int, t
     """
     header = [len(going.token_Q), len(going.token_N), *going.crossings, *going.assignments]
     counts = transport.gather(header, f"agreeing on counts in layer {layer}")
-    for rank, row in enumerate(counts):
-        _check_counts(rank, row, local_experts, top_k)
+    for rank, row in zip(transport.members, counts, strict=True):
+        _check_counts(rank, row, local_experts, top_k, transport.members)
     mine = transport.rank
     return Incoming([row[2 + mine] for row in counts], [row[2 + transport.ranks + mine] for row in counts])
 
 
-def _check_counts(rank: int, row: list[int], local_experts: Sequence[int], top_k: int) -> None:
+def _check_counts(rank: int, row: list[int], local_experts: Sequence[int], top_k: int, members: Sequence[int]) -> None:
     ranks = len(local_experts)
     sums, crossings, assignments = row[:2], row[2 : 2 + ranks], row[2 + ranks :]
     for what, total, parts in (("tokens", sums[0], crossings), ("assignments", sums[1], assignments)):
         if sum(parts) != total:
             raise DisagreementError(f"ranks disagree on counts: rank {rank} holds {total} {what} to send, but announces {parts}")
-    for other, (tokens, copies, local) in enumerate(zip(crossings, assignments, local_experts, strict=True)):
+    for other, tokens, copies, local in zip(members, crossings, assignments, local_experts, strict=True):
         least = max(tokens, 0)
         most = least * min(local, top_k)
         if tokens < 0 or not least <= copies <= most:

@@ -38,6 +38,7 @@ def _rank_main(rank: int, world: int, port: int, program: Callable[..., Any], ar
     limit = timedelta(seconds=timeout)
     patience = timedelta(seconds=max(60.0, timeout))
     store = dist.TCPStore(HOST, abs(port), world, is_master=port < 0 and rank == 0, timeout=patience)  # type: ignore[attr-defined]
+    _meet(store, world, patience)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
     try:
         result = ("result", program(*arguments))
@@ -46,6 +47,13 @@ def _rank_main(rank: int, world: int, port: int, program: Callable[..., Any], ar
     torch.save(result, Path(folder, f"rank-{rank}"))
     # Groups with a lost rank cannot be destroyed in good order; what matters has been written.
     os._exit(0 if result[0] == "result" else 1)
+
+
+def _meet(store: Any, world: int, patience: timedelta) -> None:
+    """Wait for all ranks. Processes start when the machine has time for them, which a group's timeout is not meant to bound."""
+    if store.add("met", 1) == world:
+        store.set("all met", "")
+    store.wait(["all met"], patience)
 
 
 def run_ranks(
