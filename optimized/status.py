@@ -8,8 +8,9 @@ the truth's RMS, stacked weights expert by expert, and the worst of all tensors 
 from __future__ import annotations
 
 import json
+import math
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reference import chained_backward, cost, init_params, moe_backward, moe_forward, presets
+from reference.architectures import RECIPES
 from reference.architectures import run as run_recipe
 from reference.config import MoEConfig
 from reference.layer import BUFFERS
@@ -206,39 +208,58 @@ def broken(results: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _cell(entry: Mapping[str, Any], track: str, direction: str) -> str:
-    errors = (entry[track] or {}).get(direction)
-    return "—" if errors is None else " / ".join(f"{value:.0e}" if value else "0" for value in (errors["rms"], errors["max"]))
+def _cell(entry: Mapping[str, Any], track: str, *directions: str) -> str:
+    """The largest error of each direction, or a dash."""
+    found = entry[track]
+    return " / ".join(f"{found[direction]['max']:.0e}" if found[direction]["max"] else "0" for direction in directions) if found else "—"
 
 
 def _billions(count: int) -> str:
-    return f"{count / 1e9:,.1f}"
+    return f"{count / 1e9:,.1f}" if count >= 1e8 else f"{count / 1e9:.1g}"
+
+
+def _power(bound: float) -> str:
+    """A power of ten, written so that no line ends inside it."""
+    return "10" + str(round(math.log10(bound))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _preset(entry: Mapping[str, Any]) -> str:
+    """The name as a link to the page of its recipe."""
+    page = RECIPES[entry["preset"]].__module__.rpartition(".")[2]
+    return f"[`{entry['preset']}`](architectures/{page}.md)"
 
 
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "Preset": lambda entry: f"`{entry['preset']}`",
-    "Total, 10⁹": lambda entry: _billions(entry["parameters"]["total"]),
-    "Active, 10⁹": lambda entry: _billions(entry["parameters"]["active"]),
+    "Preset": _preset,
     "Recipe": lambda entry: _cell(entry, "recipe", "forward"),
-    "Autograd": lambda entry: _cell(entry, "autograd", "forward"),
-    "Autograd, gradients": lambda entry: _cell(entry, "autograd", "gradient"),
-    "transformers": lambda entry: _cell(entry, "transformers", "forward"),
-    "transformers, gradients": lambda entry: _cell(entry, "transformers", "gradient"),
+    "Autograd": lambda entry: _cell(entry, "autograd", "forward", "gradient"),
+    "transformers": lambda entry: _cell(entry, "transformers", "forward", "gradient"),
+    "Total,\N{NO-BREAK SPACE}10⁹": lambda entry: _billions(entry["parameters"]["total"]),
+    "Active,\N{NO-BREAK SPACE}10⁹": lambda entry: _billions(entry["parameters"]["active"]),
 }
 
 PAGE = """# Status
 
-Every published model of `reference/presets.py`, and how far each independent writing of its layer is from the NumPy layer that
-`MoEConfig` drives: the straight-line recipe of its paper, PyTorch with gradients by autograd, and the block of `transformers`. A cell is
-the RMS error and the largest error, relative to the RMS of the truth, in float64, the worst of all tensors and of {seeds} seeds.
-A dash: there is nothing to compare with.
+{presets} models, {oracles} of them compared with `transformers` too: the largest error of all is {worst}, {verdict}.
+
+What is compared is one layer of each model of `reference/presets.py`, at *tiny* size: the router as published, few and narrow experts, and
+random weights; no published weights are loaded. The table says how far each independent writing of that layer is from the NumPy layer that
+`MoEConfig` drives: the straight-line recipe of its paper, PyTorch with gradients by autograd, and the block of `transformers`, Hugging
+Face's library of models, which others wrote. A cell is the largest error, relative to the RMS of the truth, in float64, the
+worst of all tensors and of {seeds} seeds; where there are two, forward and then gradients. A dash: there is nothing to compare with.
+`results/status.json` has the RMS errors, too.
+
+{{{{ plot status }}}}
+
+A point is a preset; an error of exactly 0 lies at the left edge. The line ends each row at the bound that `make status` holds it to.
 
 {table}
 
-- Bounds on the largest error: {bounds}. A choice, a drop or a load that differs counts as an infinite error.
-- The layers are the presets' tiny ones: the same router, few and narrow experts. Correction biases are random and mostly negative.
+- Bounds on the largest error: {bounds}. A choice, a drop or a load that differs counts as an infinite error: all of this
+  is float64, and where rounding is coarser [flips are counted](chapters/equal.md#routing-apart-from-arithmetic).
+- Correction biases are random and mostly negative.
 - Recipe and autograd are compared in training, with padding, several groups and the same random numbers; autograd in evaluation too.
-  The forward column of autograd covers the output, the losses and the routing.
+  The first number of autograd covers the output, the losses and the routing.
 - `transformers` is compared in evaluation, on random weights of its own. Its blocks cast the router to float32; for this table the
   cast is to float64. DeepSeekMoE has no block there and is compared with DeepSeek-V2's without its device limit.
 - Parameters are those of the whole model at its published size, counted by `reference/cost.py` with embedding and head; the tests
@@ -248,14 +269,26 @@ Measured with {versions}; `make status` writes this page and `results/status.jso
 """
 
 
+def _worst_of_all(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The largest error of any comparison, and whose it is."""
+    errors = ((cell["max"], track, entry["preset"]) for entry in rows for track in BOUNDS for cell in (entry[track] or {}).values())
+    worst, track, preset = max(errors)
+    return f"{worst:.0e} ({track}, `{preset}`)"
+
+
 def render(results: Mapping[str, Any]) -> str:
     """`results` as the Markdown of docs/status.md."""
+    rows, over = results["rows"], broken(results)
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
     lines += ["| " + " | ".join(cell(entry) for cell in COLUMNS.values()) + " |" for entry in results["rows"]]
     return PAGE.format(
         table="\n".join(lines),
+        presets=len(rows),
+        oracles=sum(entry["transformers"] is not None for entry in rows),
+        worst=_worst_of_all(rows),
+        verdict=f"and {len(over)} comparisons exceed their bound" if over else "and no comparison exceeds its bound",
         seeds=len(results["seeds"]),
-        bounds=", ".join(f"{track} {bound:.0e}" for track, bound in results["bounds"].items()),
+        bounds=", ".join(f"{track} {_power(bound)}" for track, bound in results["bounds"].items()),
         versions=", ".join(f"{package} {number}" for package, number in results["versions"].items()),
     )
 

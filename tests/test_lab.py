@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from conftest import REPOSITORY
 
 from optimized.cli import run as command_line
+from optimized.commands import lab as command
 from optimized.lab import EXPERIMENTS, common, runner
 from optimized.lab.masked import MaskedMoE
 from reference.autograd.layer import MoE
@@ -38,6 +40,11 @@ def numbers(value: Any) -> Iterator[float]:
         yield value
 
 
+def test_the_help_names_every_experiment() -> None:
+    described = get_args(inspect.get_annotations(command.run, eval_str=True)["name"])[1].help
+    assert described == f"Which experiment: {', '.join(EXPERIMENTS)}, or all."
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_frame(results: dict[str, dict[str, Any]], name: str) -> None:
@@ -52,8 +59,15 @@ def test_frame(results: dict[str, dict[str, Any]], name: str) -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_claims_and_table(results: dict[str, dict[str, Any]], name: str) -> None:
     result = results[name]
-    assert all(set(one) == {"claim", "source", "held", "seen"} and isinstance(one["held"], bool) for one in result["claims"])
+    assert all(set(one) == {"claim", "source", "held", "seen", "rule"} and isinstance(one["held"], bool) for one in result["claims"])
     assert all(len(row) == len(result["table"]["columns"]) for row in result["table"]["rows"])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_committed_claims_and_their_rules_are_those_of_the_code(name: str) -> None:
+    source = (REPOSITORY / f"optimized/lab/{name}.py").read_text(encoding="utf-8")
+    claims = json.loads((REPOSITORY / f"docs/results/{EXPERIMENTS[name].result}.json").read_text(encoding="utf-8"))["claims"]
+    assert claims and all(f'"{one[key]}"' in source for one in claims for key in ("claim", "rule"))
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def run(
     ] = None,
     dtypes: Annotated[str | None, typer.Option(help="float32, bfloat16 or both.", show_default="both")] = None,
     threads: Annotated[str | None, typer.Option(help="Numbers of threads, or all.", show_default="1,all; --quick: 1")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Of each measurement.", show_default="0.8; --quick: 0.3")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Of each measurement.", show_default="0.7; --quick: 0.3")] = None,
     work: Annotated[Path, typer.Option(help="Every finished part is kept in this file at once.")] = Path("runs/bench.jsonl"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with that file, where it is of the same plan, machine and code.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 where any goal is missed, not only where one is far.")] = False,
@@ -66,7 +66,8 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     from reference.config import require
 
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    require(bool(parts) and all(part.isdigit() for part in parts), f"--{option} is {text!r}; it takes whole numbers, separated by commas")
+    whole = bool(parts) and all(part.removeprefix("-").isdigit() for part in parts)
+    require(whole, f"--{option} is {text!r}; it takes whole numbers, separated by commas")
     return tuple(dict.fromkeys(map(int, parts)))
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    name: Annotated[str, typer.Argument(help="Which experiment: collapse, bias, specialization …, or all.")],
+    name: Annotated[str, typer.Argument(help="Which experiment: collapse, bias, beginnings, specialization, drop, or all.")],
     smoke: Annotated[bool, typer.Option("--smoke", help="Everything, but small: seconds instead of minutes.")] = False,
     seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas.", show_default="0,1,2; --smoke: 0,1")] = None,
 ) -> Result:
@@ -56,5 +56,6 @@ def _show_result(out: Console, result: dict[str, Any]) -> None:
     out.print(made)
     for one in result["claims"]:
         held = "held" if one["held"] else "did not hold"
-        out.print(f"{held}: {one['claim']} ({one['source']}). {one['seen']}.", markup=False, style="green" if one["held"] else "yellow")
+        said = f"{held}: {one['claim']} ({one['source']}). {one['seen']}. To hold asks for: {one['rule']}."
+        out.print(said, markup=False, style="green" if one["held"] else "yellow")
     out.print(f"{len(result['seeds'])} seeds, {result['seconds']} s", style="dim")

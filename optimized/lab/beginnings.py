@@ -106,24 +106,28 @@ def judged(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             all(a < b for a, b in zip(alone["competitive"], alone["cooperative"], strict=True)),
             f"error of the trusted expert alone: competitive {told(spread(alone['competitive']))}, "
             f"cooperative {told(spread(alone['cooperative']))}",
+            "in every seed a smaller error of the trusted expert alone",
         ),
         claim(
             "the blend is best where the blend is trained",
             "the cooperative loss itself",
             all(a < b for a, b in zip(blend["cooperative"], blend["competitive"], strict=True)),
             f"error of the blend: cooperative {told(spread(blend['cooperative']))}, competitive {told(spread(blend['competitive']))}",
+            "in every seed a smaller error of the blend",
         ),
         claim(
             "EM never descends",
             "Jordan and Jacobs 1994",
             all(np.diff(curve).min() >= -1e-8 * np.abs(curve).max() for run in runs for curve in run["em"]["likelihood"]),
             f"{len(errors)} starts, {len(runs[0]['em']['likelihood'][0]) - 1} rounds each",
+            "in every start no round lowers the likelihood by more than rounding",
         ),
         claim(
             "EM finds the four planes from any start",
             "nobody; a tempting reading",
             solved == len(errors),
             f"{solved} of {len(errors)} starts end with an error below {limit:.2f}, the worst with {errors.max():.2f}",
+            "every start ends with an error below the bound",
         ),
     ]
 

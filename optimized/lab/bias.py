@@ -81,6 +81,7 @@ def judged(ends: dict[float, list[dict[str, float]]]) -> list[dict[str, Any]]:
                 for small, middle, large in zip(ends[1e-4], ends[1e-3], ends[1e-2], strict=True)
             ),
             "; ".join(f"{rate:g}: {told(after[rate])}" for rate in (1e-4, 1e-3, 1e-2)),
+            "in every seed a lower MaxVio at the end",
         ),
         claim(
             "there is a step that is too small and one that is too large",
@@ -90,12 +91,14 @@ def judged(ends: dict[float, list[dict[str, float]]]) -> list[dict[str, Any]]:
                 for small, run, large in zip(ends[RATES[1]], ends[best], ends[RATES[-1]], strict=True)
             ),
             f"best {best:g}: {told(after[best])}; {RATES[1]:g}: {told(after[RATES[1]])}; {RATES[-1]:g}: {told(after[RATES[-1]])}",
+            "the best of the steps is neither the smallest nor the largest, and in every seed both of these are worse",
         ),
         claim(
             "after a change of the data the load is uneven until the bias has followed",
             "a controller without foresight",
             all(first > later for first, later in zip(*shares, strict=True)),
             f"step {best:g}: {told(spread(shares[0]))} just after, {told(spread(shares[1]))} at the end",
+            "in every seed a higher MaxVio just after the change than at the end",
         ),
     ]  # fmt: skip
 

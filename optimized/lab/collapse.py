@@ -64,30 +64,35 @@ def judged(ends: dict[str, list[dict[str, float]]], experts: int) -> list[dict[s
             "Shazeer et al. 2017, §4",
             all(end["max_vio"] > 2 and end["dead"] >= 1 for end in plain),
             f"MaxVio {told(vio['nothing'])}; {told(dead['nothing'], 1)} of {experts} experts idle",
+            "in every seed MaxVio above 2 and at least one expert idle",
         ),
         claim(
             "the auxiliary loss prevents it",
             "Fedus et al. 2021, §2.2",
             all(a["max_vio"] < b["max_vio"] / 2 and a["dead"] < 1 for a, b in zip(loss, plain, strict=True)),
             f"MaxVio {told(vio['auxiliary loss'])}; {told(dead['auxiliary loss'], 1)} idle",
+            "in every seed less than half of the MaxVio without balancing, and fewer than one expert idle",
         ),
         claim(
             "so does a bias without a loss",
             "Wang et al. 2024",
             all(a["max_vio"] < b["max_vio"] / 2 and a["dead"] < 1 for a, b in zip(bias, plain, strict=True)),
             f"MaxVio {told(vio['bias'])}; {told(dead['bias'], 1)} idle",
+            "in every seed less than half of the MaxVio without balancing, and fewer than one expert idle",
         ),
         claim(
             "a balanced layer predicts better than a collapsed one",
             "common reading",
             all(max(a["bits"], b["bits"]) < c["bits"] for a, b, c in zip(loss, bias, plain, strict=True)),
             "; ".join(f"{name} {told(bits[name], 3)}" for name in ends) + " bits per byte",
+            "in every seed fewer bits with the loss and with the bias than with nothing, from the same start",
         ),
         claim(
             "the bias costs less quality than the loss",
             "Wang et al. 2024",
             all(b["bits"] < a["bits"] for a, b in zip(loss, bias, strict=True)),
             f"auxiliary loss {told(bits['auxiliary loss'], 3)}; bias {told(bits['bias'], 3)} bits per byte",
+            "in every seed fewer bits with the bias than with the loss, from the same start",
         ),
     ]
 

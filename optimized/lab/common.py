@@ -82,9 +82,9 @@ def told(values: dict[str, float], places: int = 2) -> str:
     return f"{values['mean']:.{places}f} ({values['low']:.{places}f} – {values['high']:.{places}f})"
 
 
-def claim(text: str, source: str, held: bool, seen: str) -> dict[str, Any]:
-    """What is said in the literature, who says it, whether it held in every seed here, and the numbers."""
-    return {"claim": text, "source": source, "held": bool(held), "seen": seen}
+def claim(text: str, source: str, held: bool, seen: str, rule: str) -> dict[str, Any]:
+    """What is said in the literature, who says it, whether it held in every seed here, the numbers, and what "held" asks for."""
+    return {"claim": text, "source": source, "held": bool(held), "seen": seen, "rule": rule}
 
 
 def rounded(value: Any) -> Any:
