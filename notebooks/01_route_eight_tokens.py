@@ -11,6 +11,9 @@
 # Before each result, write down what you expect, and only then run the cell.
 #
 # The example: {{reference/example.py}} · next to read: {{docs/chapters/capacity.md}}
+#
+# In an editor, such a link opens a file of the project. Of a chapter that is the source, in which figures and equations are only named, in
+# double braces; the site shows them (`make site`).
 
 # %%
 import numpy as np
@@ -27,10 +30,14 @@ from reference.tokens import token_info
 
 x_TD, params, config = example.inputs(), example.params(), example.CONFIG
 for word, row in zip(example.WORDS, x_TD, strict=True):
-    print(f"{word:>7}  " + "  ".join(f"{name} {value:.1f}" for name, value in zip(example.EXPERTS, row, strict=True)))
+    parts = [f"{name} {value:.1f}" for name, value in zip(example.EXPERTS, row, strict=True)]
+    print(f"{word:>7}  " + "  ".join(parts))
 
 # %% [markdown]
 # Each word is four numbers: how much grammar, thing, action and place is in it. The four experts have the same names.
+#
+# The last letters of a name are the shape of its array: `x_TD` is T × D, a row of D numbers for each of the T tokens; `expert_TK` will be
+# T × K.
 #
 # ## 1 · Logits
 #
@@ -60,11 +67,13 @@ for word, row in zip(example.WORDS, logits_TE, strict=True):
 expert_TK = top_k(logits_TE, config.gating.top_k)
 for word, (first, second) in zip(example.WORDS, expert_TK, strict=True):
     print(f"{word:>7} → {example.EXPERTS[first]}, then {example.EXPERTS[second]}")
+load_E = np.bincount(expert_TK.ravel(), minlength=len(example.EXPERTS))
+print("chosen altogether:", dict(zip(example.EXPERTS, load_E.tolist(), strict=True)))
 
 # %% [markdown]
 # ## 3 · The gates
 #
-# A **gate** says how much a chosen expert counts. Softmax turns the logits into scores: e^logit, divided by the sum of all four e^logit.
+# A **gate** says how much a chosen expert counts. Softmax turns each logit z into a score: $e^z$, divided by the sum of all four $e^z$.
 # Then the two chosen scores are divided by their sum ({{reference.gating.gates_forward}}).
 #
 # **Predict.** “sat” and “mat” have different logits and different experts, and yet the same two gates. What must you compare in the table
@@ -76,22 +85,23 @@ gate_TK, _ = gates_forward(scores_TE, expert_TK, config.gating)
 for token in (2, 5):
     first, second = expert_TK[token]
     gap = logits_TE[token, first] - logits_TE[token, second]
-    print(f"{example.WORDS[token]}: gates {gate_TK[token].round(4)}, difference of the two logits {gap:.1f}")
+    print(f"{example.WORDS[token]}: gates {gate_TK[token].round(4)}, difference of the logits {gap:.1f}")
 
 # %% [markdown]
-# Only the difference of the two chosen logits matters: the first gate is 1 / (1 + e^−difference).
+# Only the difference of the two chosen logits matters: the first gate is $1 / (1 + e^{-\text{difference}})$.
 #
 # ## 4 · Capacity
 #
 # On real hardware each expert has a fixed number of places, its **capacity**: here ⌈1 · K · T / E⌉, exactly enough if all experts were
-# asked for equally often. What finds no place is **dropped**.
+# asked for equally often. The 1 is the *capacity factor*, which can be chosen larger. What finds no place is **dropped**.
 #
 # **Predict.** Compute the capacity. Which expert cannot take everything it is asked for?
 
 # %%
-load_E = np.bincount(expert_TK.ravel(), minlength=len(example.EXPERTS))
-capacity = int(group_capacity(config.capacity, config.gating.top_k, len(load_E), token_info(len(x_TD)), training=True)[0])
-print("capacity", capacity, "· asked for", dict(zip(example.EXPERTS, load_E.tolist(), strict=True)))
+slots, tokens = config.gating.top_k, token_info(len(x_TD))
+capacity = int(group_capacity(config.capacity, slots, len(load_E), tokens, training=True)[0])
+too_many = [example.EXPERTS[expert] for expert in np.flatnonzero(load_E > capacity)]
+print("capacity", capacity, "· asked for more often:", ", ".join(too_many))
 plots.load(load_E, capacity, example.EXPERTS)
 
 # %% [markdown]
@@ -138,7 +148,8 @@ check("keep", keep)
 output, _ = moe_forward(x_TD, params, config, training=True)
 keep_TK = output.routing.keep
 for token, slot in np.argwhere(~keep_TK):
-    print(f"dropped: {example.EXPERTS[expert_TK[token, slot]]} for “{example.WORDS[token]}”, its choice number {slot + 1}")
+    name = example.EXPERTS[expert_TK[token, slot]]
+    print(f"dropped: {name} for “{example.WORDS[token]}”, its choice number {slot + 1}")
 
 # %% [markdown]
 # ## 6 · Dispatch, experts, combine
@@ -164,7 +175,9 @@ for expert, name in enumerate(example.EXPERTS):
 out_ND, _ = experts_forward(rows_ND, dispatch.bounds_P, params, config.experts)
 y_TD, _ = combine_forward(out_ND, gate_TK, dispatch)
 print("sat, its second expert dropped:", y_TD[2].round(3))
-print("gate of its first expert:", gate_TK[2, 0].round(3), "· that expert's output:", out_ND[dispatch.token_N == 2][0].round(3))
+row = int(np.flatnonzero(dispatch.token_N == 2)[0])
+print("gate of its first expert:", gate_TK[2, 0].round(3))
+print("output of its first expert:", out_ND[row].round(3))
 
 # %% [markdown]
 # The first expert's part stays as it was, and the second one's is missing: the gates that count no longer sum to 1. (Some implementations

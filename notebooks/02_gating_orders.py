@@ -38,20 +38,26 @@ print("sat:", dict(zip(example.EXPERTS, logits_TE[SAT].round(1).tolist(), strict
 #
 # **Predict.** Which of the three give “sat” the same gates? In which do the gates sum to less than 1?
 
+
 # %%
+def gates_of(scores_TE: np.ndarray, expert_TK: np.ndarray, normalize: str) -> np.ndarray:
+    """The gates [T, K] of the chosen experts."""
+    config = GatingConfig(top_k=expert_TK.shape[1], normalize=normalize)
+    return gates_forward(scores_TE, expert_TK, config)[0]
+
+
 scores_TE, _ = softmax_forward(logits_TE)
 gates = {
-    "A softmax, top-k": gates_forward(scores_TE, expert_TK, GatingConfig(top_k=2, normalize="none"))[0],
-    "B … and divide": gates_forward(scores_TE, expert_TK, GatingConfig(top_k=2, normalize="sum"))[0],
-    "C top-k, softmax": gates_forward(logits_TE, expert_TK, GatingConfig(top_k=2, normalize="softmax"))[0],
+    "A softmax, top-k": gates_of(scores_TE, expert_TK, "none"),
+    "B … and divide": gates_of(scores_TE, expert_TK, "sum"),
+    "C top-k, softmax": gates_of(logits_TE, expert_TK, "softmax"),
 }
 for name, gate_TK in gates.items():
     print(f"{name:>18}: {gate_TK[SAT].round(4)}, sum {gate_TK[SAT].sum():.4f}")
 
 # %% [markdown]
 # B and C agree. Softmax is exp(z) divided by a total; dividing by the sum of the chosen scores cancels that total, and what is left is
-# exp(z) over
-# the chosen exponentials only. That is C.
+# exp(z) over the chosen exponentials only. That is C.
 #
 # **Predict.** Is this an accident of “sat”, or does it hold for a thousand random tokens and any K?
 
@@ -60,8 +66,8 @@ rng = np.random.default_rng(0)
 random_TE = rng.standard_normal((1000, 8))
 for count in (1, 2, 4, 8):
     chosen_TK = top_k(random_TE, count)
-    b_TK, _ = gates_forward(softmax_forward(random_TE)[0], chosen_TK, GatingConfig(top_k=count, normalize="sum"))
-    c_TK, _ = gates_forward(random_TE, chosen_TK, GatingConfig(top_k=count, normalize="softmax"))
+    b_TK = gates_of(softmax_forward(random_TE)[0], chosen_TK, "sum")
+    c_TK = gates_of(random_TE, chosen_TK, "softmax")
     print(f"K = {count}: no gate differs by more than 1e-15: {bool(np.abs(b_TK - c_TK).max() < 1e-15)}")
 
 # %% [markdown]
@@ -74,17 +80,19 @@ for count in (1, 2, 4, 8):
 # %%
 total_T = gates["A softmax, top-k"].sum(1)
 for token in np.argsort(-total_T, kind="stable"):
-    print(f"{example.WORDS[token]:>7}: sum {total_T[token]:.3f}   logits {np.sort(logits_TE[token].round(1))[::-1]}")
+    downwards = np.sort(logits_TE[token].round(1))[::-1]
+    print(f"{example.WORDS[token]:>7}: sum {total_T[token]:.3f}   logits {downwards}")
 
 # %% [markdown]
 # Under A an undecided router gives its experts less weight; B and C throw this away.
 #
-# **Predict.** Now add a fourth router: **D** sigmoid of each logit, σ(z) = 1 / (1 + e^−z), take the two best, divide by their sum
+# **Predict.** Now add a fourth router: **D** sigmoid of each logit, $\sigma(z) = 1 / (1 + e^{-z})$, take the two best, divide by their sum
 # (DeepSeek-V3). Will its two gates for “sat” be closer together than those of B, or further apart?
 
 # %%
 sigmoid_TE, _ = sigmoid_forward(logits_TE)
-gates["D sigmoid, divide"] = gates_forward(sigmoid_TE, expert_TK, GatingConfig(top_k=2, normalize="sum"))[0]
+print("sigmoid scores:", dict(zip(example.EXPERTS, sigmoid_TE[SAT].round(3).tolist(), strict=True)))
+gates["D sigmoid, divide"] = gates_of(sigmoid_TE, expert_TK, "sum")
 by_expert = {name: np.zeros(len(example.EXPERTS)) for name in gates}
 for name, gate_TK in gates.items():
     by_expert[name][expert_TK[SAT]] = gate_TK[SAT]
@@ -103,32 +111,34 @@ best_TK = np.broadcast_to(expert_TK[SAT], (len(shift), 2))
 first = {}
 routers = {"A": (softmax_forward, "none"), "B": (softmax_forward, "sum"), "D": (sigmoid_forward, "sum")}
 for name, (function, normalize) in routers.items():
-    first[name] = gates_forward(function(shifted_TE)[0], best_TK, GatingConfig(top_k=2, normalize=normalize))[0][:, 0]
+    first[name] = gates_of(function(shifted_TE)[0], best_TK, normalize)[:, 0]
     print(f"{name}: first gate from {first[name].min():.3f} to {first[name].max():.3f}")
 plots.curves(shift, first, "added to all logits", "gate", "the first gate of “sat”")
 
 # %% [markdown]
 # Softmax does not see a common shift, the sigmoid does. Far to the left σ(z) behaves like exp(z), and D becomes B; far to the right all
-# scores are
-# near 1, and every chosen expert gets 1/K.
+# scores are near 1, and every chosen expert gets 1/K.
 #
 # ## 3 · Choose by one number, weigh by another
 #
 # DeepSeek-V3 keeps its experts evenly loaded with a **correction bias**, a number for each expert: added to the scores for the choice, and
 # seen by no gate.
 #
-# **Predict.** “sat” prefers action and grammar. Give “place” a bias of 0.2: who is chosen now, and is the gate of “place” larger than
-# that of “action”?
+# **Predict.** Above stand the sigmoid scores of “sat”, which prefers action and grammar. Give “place” a bias of 0.2: who is chosen now,
+# and is the gate of “place” larger than that of “action”?
 
 # %%
 bias_E = np.array([0.0, 0.0, 0.0, 0.2])
 steered_TK = top_k(sigmoid_TE + bias_E, 2)
-steered_gate_TK, _ = gates_forward(sigmoid_TE, steered_TK, GatingConfig(top_k=2, normalize="sum"))
-print("scores       ", dict(zip(example.EXPERTS, sigmoid_TE[SAT].round(3).tolist(), strict=True)))
-print("scores + bias", dict(zip(example.EXPERTS, (sigmoid_TE + bias_E)[SAT].round(3).tolist(), strict=True)))
-print("chosen", [example.EXPERTS[expert] for expert in steered_TK[SAT]], "with gates", steered_gate_TK[SAT].round(4))
+steered_gate_TK = gates_of(sigmoid_TE, steered_TK, "sum")
+for name, values_TE in (("scores", sigmoid_TE), ("scores + bias", sigmoid_TE + bias_E)):
+    print(f"{name:>13}", dict(zip(example.EXPERTS, values_TE[SAT].round(3).tolist(), strict=True)))
+names = [example.EXPERTS[expert] for expert in steered_TK[SAT]]
+print("chosen", names, "with gates", steered_gate_TK[SAT].round(4))
 
 # %% [markdown]
+# The bias has brought “place” in, and then it is forgotten: the gate of “place” is made of its score alone and stays the smaller one.
+#
 # ## 4 · Write DeepSeek-V3's gates (exercise)
 #
 # Given sigmoid scores, a bias and K = `count`:
@@ -144,14 +154,14 @@ print("chosen", [example.EXPERTS[expert] for expert in steered_TK[SAT]], "with g
 
 
 # %% EXERCISE
-def gates_of_v3(scores_TE: np.ndarray, bias_E: np.ndarray, count: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """(expert [T, count], gate [T, count])."""
+def gates_of_v3(scores_TE: np.ndarray, bias_E: np.ndarray, count: int, scale: float) -> tuple:
+    """(expert [T, count], gate [T, count]), both arrays."""
     raise NotImplementedError
 
 
 # %% SOLUTION
-def gates_of_v3(scores_TE: np.ndarray, bias_E: np.ndarray, count: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """(expert [T, count], gate [T, count])."""
+def gates_of_v3(scores_TE: np.ndarray, bias_E: np.ndarray, count: int, scale: float) -> tuple:
+    """(expert [T, count], gate [T, count]), both arrays."""
     expert_TK = np.argsort(-(scores_TE + bias_E), axis=1, kind="stable")[:, :count]
     chosen_TK = np.take_along_axis(scores_TE, expert_TK, axis=1)
     return expert_TK, scale * chosen_TK / chosen_TK.sum(1, keepdims=True)
@@ -163,7 +173,8 @@ check("gates", gates_of_v3)
 # %% [markdown]
 # ## 5 · The same mistake in the museum
 #
-# The bug museum keeps real mistakes as small functions, each with the check that catches it.
+# The bug museum keeps real mistakes as small functions, each with the check that catches it. `seen in` names the projects that had it,
+# with the number of a report there.
 #
 # **Predict.** A router that weighs by the *biased* scores: what happens to the gates if every expert gets the same bias, which changes no
 # choice?
@@ -174,20 +185,28 @@ print("seen in:", bug.seen)
 print("caught: ", bug.symptom())
 
 # %% [markdown]
+# The same number on top of both scores makes them more alike, and so their gates: a bias that was to change nothing has changed how much
+# each answer counts.
+#
 # ## 6 · Who uses what
 #
 # Each published router is a setting of the same few fields ({{reference.config.GatingConfig}}). The first word of a line is the function
 # that makes scores of logits; `identity` makes none, and the logits themselves are compared, as in C. Then comes what `normalize` does
 # with the chosen ones: `none` leaves them, `sum` divides them by their sum, `softmax` is C again.
 #
-# **Predict.** Which of these divide by the sum, and which multiply a scale on afterwards?
+# **Predict.** DeepSeek-V2 chooses 6 of 160 experts by softmax and leaves their scores as they are (A); DeepSeek-V3 divides by the sum (D).
+# Both multiply a scale on afterwards. Which of the two needs the larger one?
 
 # %%
 for name in ("switch-base-128", "mixtral-8x7b", "deepseek-v2", "deepseek-v3"):
     scores, gating = presets.get(name).scores, presets.get(name).gating
-    print(f"{name:>15}: {scores.function:>8}, K = {gating.top_k}, normalize {gating.normalize}, scale {gating.scale}")
+    how = f"normalize {gating.normalize}, scale {gating.scale}"
+    print(f"{name:>15}: {scores.function:>8}, K = {gating.top_k}, {how}")
 
 # %% [markdown]
+# Six softmax scores out of 160 are small numbers, and the layer's output would be small beside what it is added to. Gates that sum to 1
+# need less help.
+#
 # Try: K = 4 in section 1, where every expert is chosen. Which of A, B and C are the same function then, and why does D differ?
 #
 # **Next:** [03 · write the backward pass and check it](03_backward.ipynb)

@@ -44,7 +44,8 @@ np.put_along_axis(gate_TE, moved_TK, moved_gate_TK, axis=1)
 by_name = {name: gate_TE[:, expert] for expert, name in enumerate(example.EXPERTS)}
 plots.curves(value, by_name, "logit of “action”", "gate", "the gates of “cat”")
 enters = value[(moved_TK == 2).any(1)][0]
-print(f"action is chosen from {enters:.2f} on; the next best logit is {np.sort(np.delete(logits_TE[CAT], 2))[-2]:.2f}")
+rival = np.sort(np.delete(logits_TE[CAT], 2))[-2]
+print(f"in steps of 0.02, action is chosen from {enters:.2f} on; the next best logit is {rival:.2f}")
 
 # %% [markdown]
 # As long as “action” is not chosen, its logit moves nothing: **an expert that was not tried teaches nothing**. Where it overtakes
@@ -54,8 +55,8 @@ print(f"action is chosen from {enters:.2f} on; the next best logit is {np.sort(n
 # ## 2 · A derivative by differences
 #
 # Any derivative can be measured: move one number a little forwards and a little backwards, and divide the change by the distance. Here it
-# is for
-# the function logits → gates, contracted with a cotangent `dgate_TK` (how much the loss changes with each gate).
+# is for the function logits → gates. How much the loss changes with each gate is given: the gates' **cotangent**, `dgate_TK`. Each gate's
+# change times its cotangent, added up, is the change of the loss.
 
 # %%
 STEP = 1e-5
@@ -72,14 +73,14 @@ def by_differences(function, point: np.ndarray, cotangent: np.ndarray) -> np.nda
     for index in np.ndindex(point.shape):
         moved = np.zeros_like(point)
         moved[index] = STEP
-        gradient[index] = (cotangent * (function(point + moved) - function(point - moved))).sum() / (2 * STEP)
+        change = function(point + moved) - function(point - moved)
+        gradient[index] = (cotangent * change).sum() / (2 * STEP)
     return gradient
 
 
 # %% [markdown]
 # **Predict.** Say the loss falls when the first gate of “cat” rises (its cotangent is −1). Which two of the four logits get a gradient,
-# with which signs,
-# and how do their sizes compare?
+# with which signs, and how do their sizes compare?
 
 # %%
 dgate_TK = np.zeros((len(x_TD), 2))
@@ -114,13 +115,13 @@ print("product of the two gates:", (gate_TK[CAT, 0] * gate_TK[CAT, 1]).round(4))
 
 # %% EXERCISE
 def router_backward(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np.ndarray) -> np.ndarray:
-    """dlogits [T, E] of softmax → chosen scores → divided by their sum; reference.scores.softmax_forward may be used."""
+    """dlogits [T, E] of softmax → chosen scores → divided by their sum; softmax_forward may be used."""
     raise NotImplementedError
 
 
 # %% SOLUTION
 def router_backward(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np.ndarray) -> np.ndarray:
-    """dlogits [T, E] of softmax → chosen scores → divided by their sum; reference.scores.softmax_forward may be used."""
+    """dlogits [T, E] of softmax → chosen scores → divided by their sum; softmax_forward may be used."""
     scores_TE, _ = softmax_forward(logits_TE)
     chosen_TK = np.take_along_axis(scores_TE, expert_TK, axis=1)
     total = chosen_TK.sum(1, keepdims=True)
@@ -136,8 +137,7 @@ check("router_backward", router_backward)
 
 # %% [markdown]
 # The reference has the three steps in two functions ({{reference.gating.gates_backward}}, {{reference.scores.softmax_backward}}), and
-# this notebook goes on
-# with them.
+# this notebook goes on with them.
 #
 # **Predict.** How close will the hand-written derivative come to the differences: to 3 digits, to 8, to 16?
 
@@ -148,11 +148,12 @@ scores_TE, softmax = softmax_forward(logits_TE)
 _, gates = gates_forward(scores_TE, expert_TK, GATING)
 dlogits_TE = softmax_backward(gates_backward(dgate_TK, gates), softmax)
 distance = np.abs(dlogits_TE - by_differences(gates_of, logits_TE, dgate_TK)).max()
-print("within 1e-9 of the differences:", bool(distance < 1e-9), "· within 1e-16:", bool(distance < 1e-16))
+for bound in (1e-3, 1e-8, 1e-16):
+    print(f"within {bound:.0e} of the differences: {bool(distance < bound)}")
 print("every row sums to 0:", bool(np.allclose(dlogits_TE.sum(1), 0, atol=1e-14)))
 
 # %% [markdown]
-# The differences are what is inexact: their own error is of the size of step², plus rounding divided by the step.
+# The differences are what is inexact: their own error is of the size of STEP², plus a rounding (1e-16) divided by STEP.
 #
 # ## 4 · One expert per token
 #
@@ -163,16 +164,18 @@ best_TK, ones_TK = top_k(logits_TE, 1), np.ones((len(x_TD), 1))
 for normalize in ("sum", "none"):
     gate_TK, gates = gates_forward(scores_TE, best_TK, GatingConfig(top_k=1, normalize=normalize))
     dlogits_TE = softmax_backward(gates_backward(ones_TK, gates), softmax)
-    print(f"normalize {normalize}: gate of “cat” {gate_TK[CAT, 0]:.3f}, largest gradient {np.abs(dlogits_TE).max():.3f}")
+    largest = np.abs(dlogits_TE).max()
+    print(f"normalize {normalize}: gate of “cat” {gate_TK[CAT, 0]:.3f}, largest gradient {largest:.3f}")
 
 # %% [markdown]
-# A single gate divided by itself is 1 whatever the logits are: the task teaches such a router nothing. This is why Switch keeps the
-# probability as it is.
+# A single gate divided by itself is 1 whatever the logits are: the task teaches such a router nothing. This is why the Switch
+# Transformer, which chooses one expert, leaves its score as it is (A of notebook 02).
 #
 # ## 5 · The whole layer
 #
-# The cotangent of a gate is how well its expert's output agrees with the direction dy in which the loss moves, dg = ⟨dy, out⟩
-# ({{reference.dispatch.combine_backward}}). From there it is your function, and then the matrix ({{reference.scores.logits_backward}}).
+# Training begins with dy, the cotangent of the layer's output: the direction in which the loss grows. A gate's cotangent is how far its
+# expert's output points that way, dg = ⟨dy, out⟩ ({{reference.dispatch.combine_backward}}). From there it is your function, and then the
+# router's matrix ({{reference.scores.logits_backward}}).
 #
 # **Predict.** The running example drops one assignment, the second choice of “sat”. What cotangent does its gate get?
 
@@ -190,13 +193,15 @@ print("cotangents of the gates of sat:", dgate_TK[2].round(3))
 _, gates = gates_forward(scores_TE, expert_TK, GATING)
 dlogits_TE = softmax_backward(gates_backward(dgate_TK, gates), softmax)
 _, dweight, _ = logits_backward(dlogits_TE, logits_forward(x_TD, params["router.weight"])[1])
-_, dparams = moe_backward(dy_TD, cache, dloss=0.0)
-print("same as the layer's own gradient:", bool(np.allclose(dweight, dparams["router.weight"], rtol=0, atol=1e-14)))
+_, dparams = moe_backward(dy_TD, cache, dloss=0.0)  # 0: without the balance loss, which is notebook 04's
+same = bool(np.allclose(dweight, dparams["router.weight"], rtol=0, atol=1e-14))
+print("same as the layer's own gradient:", same)
 
 
 def y_of(weight: np.ndarray) -> np.ndarray:
     """The layer's output for another router matrix, with the choices and drops made above."""
-    return moe_forward(x_TD, {**params, "router.weight": weight}, config, training=True, replay=output.routing)[0].y
+    moved = params | {"router.weight": weight}
+    return moe_forward(x_TD, moved, config, training=True, replay=output.routing)[0].y
 
 
 distance = np.abs(dweight - by_differences(y_of, params["router.weight"], dy_TD)).max()

@@ -25,9 +25,9 @@ from reference.scores import softmax_forward
 
 EXPERTS = CONFIG.experts.count
 x_TD, target_TD, start = task(seed=2)
-print(
-    f"{len(x_TD)} tokens of {x_TD.shape[1]} numbers, {EXPERTS} experts, K = {CONFIG.gating.top_k}: even load is {2 * len(x_TD) // EXPERTS}"
-)
+K = CONFIG.gating.top_k
+print(f"{len(x_TD)} tokens of {x_TD.shape[1]} numbers, {EXPERTS} experts, K = {K}")
+print("even load:", K * len(x_TD) // EXPERTS, "tokens for each expert")
 
 # %% [markdown]
 # ## 1 · At the start
@@ -39,7 +39,8 @@ print(
 
 # %%
 output, cache = moe_forward(x_TD, start, CONFIG, training=True)
-print("load:", output.routing.load.tolist(), "· experts without a token:", dead_experts(output.routing.load))
+load_E = output.routing.load
+print("load:", load_E.tolist(), "· experts without a token:", dead_experts(load_E))
 
 # %% [markdown]
 # All tokens have a large part in common, and whichever rows of the router fit that part best win nearly everybody. Real hidden vectors
@@ -50,9 +51,10 @@ print("load:", output.routing.load.tolist(), "· experts without a token:", dead
 
 # %%
 _, gradients = moe_backward((output.y - target_TD) / len(x_TD), cache)
-for expert, load in enumerate(output.routing.load):
+for expert, load in enumerate(load_E):
     learns = bool(np.abs(gradients["experts.up_proj"][expert]).max() > 0)
-    print(f"expert {expert}: {load:3} tokens, its matrices {'learn' if learns else 'get a gradient of exactly 0'}")
+    what = "learn" if learns else "get a gradient of exactly 0"
+    print(f"expert {expert}: {load:3} tokens, its matrices {what}")
 
 # %% [markdown]
 # An expert without tokens learns nothing, so it gets no better, so it is not chosen. That is the whole mechanism: **collapse feeds
@@ -60,15 +62,15 @@ for expert, load in enumerate(output.routing.load):
 #
 # ## 2 · Training
 #
-# Plain gradient descent ({{reference.layer.moe_forward}}, {{reference.layer.moe_backward}}); `weight` is that of the balance loss, which
-# is part of `output.loss`.
+# Plain gradient descent ({{reference.layer.moe_forward}}, {{reference.layer.moe_backward}}). `weight` is for later: how much the balance
+# loss of section 3 counts, and now it is 0.
 #
-# **Predict.** With weight 0: will the experts that start without tokens get some later?
+# **Predict.** Will the experts that start without tokens get some later?
 
 
 # %%
 def train(data: tuple, weight: float, steps: int = 300) -> tuple[dict, np.ndarray, np.ndarray]:
-    """(parameters, load at each step [steps, E], error at each step: mean square, 1 for a layer that answers 0)."""
+    """(parameters, load [steps, E], error at each step: mean square, 1 for a layer that answers 0)."""
     x_TD, target_TD, params = data
     config = replace(CONFIG, balance=BalanceConfig((("expert_balance", weight),)))
     loads, errors = [], []
@@ -91,14 +93,15 @@ plots.shares(loads, "who gets the tokens, without a balance loss")
 #
 # ## 3 · The balance loss (exercise)
 #
-# Write a number that is smallest when the load is even, and that gradient descent can lower. For each expert take
+# Write a number that is large where the busy experts also have the large scores, and that gradient descent can lower. For each expert take
 #
 # - **f**: its share of all T · K assignments. It is a count: no gradient.
 # - **P**: the mean of its scores over all T tokens, chosen or not. It has a gradient.
 #
 # The loss is $\mathcal{L} = E \sum_e f_e P_e$. Return it and its gradient with respect to the scores, `[T, E]`.
 #
-# **Predict.** What does it cost when every expert gets the same number of tokens and the same mean score?
+# **Predict.** What does it cost when every expert gets the same number of tokens and the same mean score? And when the same K experts get
+# all tokens, with a score of 1/K each?
 #
 # <details><summary>Hint 1</summary><code>np.bincount(expert_TK.ravel(), minlength=E)</code> counts; f must sum to 1.</details>
 # <details><summary>Hint 2</summary>f does not move, so ∂L/∂P_e = E · f_e; and every score enters its P with the factor 1/T.</details>
@@ -123,8 +126,9 @@ def balance(scores_TE: np.ndarray, expert_TK: np.ndarray) -> tuple[float, np.nda
 check("balance", balance)
 
 # %% [markdown]
-# The reference has it as {{reference.balancing.expert_balance_forward}}, and `train` uses that one. Descent lowers each expert's scores
-# in proportion to how busy it is; and as the scores of a token sum to 1, those of idle experts rise.
+# The reference has it as {{reference.balancing.expert_balance_forward}}, and `train` uses that one. Evenly used experts cost
+# E · E · (1/E) · (1/E) = 1; K experts that have everything cost E · K · (1/K) · (1/K) = E/K. Descent lowers each expert's scores in
+# proportion to how busy it is; and as the scores of a token sum to 1, those of idle experts rise.
 #
 # ## 4 · The rescue
 #
@@ -136,16 +140,16 @@ check("balance", balance)
 
 # %%
 rescued, more_loads, more_errors = train((x_TD, target_TD, collapsed), weight=1.0)
-print(
-    "load after the rescue:", more_loads[-1].tolist(), "· MaxVio", f"{max_violation(loads[-1]):.2f} → {max_violation(more_loads[-1]):.2f}"
-)
-plots.shares(np.concatenate([loads, more_loads]), "the balance loss is switched on at the line", mark=len(loads))
+print("load after the rescue:", more_loads[-1].tolist())
+print(f"MaxVio {max_violation(loads[-1]):.2f} → {max_violation(more_loads[-1]):.2f}")
+all_loads = np.concatenate([loads, more_loads])
+plots.shares(all_loads, "the balance loss is switched on at the line", mark=len(loads))
 
 # %%
 both = {"error": np.concatenate([errors, more_errors])}
 plots.curves(np.arange(600), both, "step", "mean square", "the error of the task", scale="log", mark=300)
-before, after = errors[-1], more_errors[-1]
-print(f"error when it is switched on: {before:.3f}, at the worst afterwards: {more_errors.max():.3f}, at the end: {after:.3f}")
+worst, after = more_errors.max(), more_errors[-1]
+print(f"error when it is switched on {errors[-1]:.3f}, at the worst {worst:.3f}, at the end {after:.3f}")
 
 # %% [markdown]
 # The jump is the price: tokens are taken from experts that knew them and given to experts that know nothing. Then these learn, too. One
@@ -154,14 +158,15 @@ print(f"error when it is switched on: {before:.3f}, at the worst afterwards: {mo
 #
 # ## 5 · How much weight, and from when on?
 #
-# **Predict.** Now from the first step on, with three different starts. From which weight on is every expert used? Which weight gives the
-# smallest error: the largest?
+# **Predict.** Now from the first step on, with three different starts, one in each column. From which weight on is every expert used?
+# Which weight gives the smallest error: the largest?
 
 # %%
 for weight in (0.0, 0.1, 1.0, 10.0):
     runs = [train(task(seed), weight) for seed in range(3)]
     ends = [(max_violation(loads[-1]), dead_experts(loads[-1]), errors[-1]) for _, loads, errors in runs]
-    print(f"weight {weight:4}:  " + "   ".join(f"MaxVio {vio:.1f}, {dead} unused, error {error:.2f}" for vio, dead, error in ends))
+    texts = [f"MaxVio {violation:.1f}, {dead} unused, error {error:.2f}" for violation, dead, error in ends]
+    print(f"weight {weight:4}:  " + "   ".join(texts))
 
 # %% [markdown]
 # Too little evens little: 0.1 brings some experts in for two of the starts, and changes nothing for the first one. With 1 these two have an
@@ -171,7 +176,7 @@ for weight in (0.0, 0.1, 1.0, 10.0):
 #
 # ## 6 · Too late
 #
-# The first of the three starts collapses completely: two experts get everything.
+# The first of the three starts collapses as far as it can: the same K = 2 experts get everything.
 #
 # **Predict.** Rescue it as above, with weight 1 for 300 steps: what is the load afterwards? Below it stands the largest score that any
 # token gives to an expert outside its best two. What does it say about the gradient that reaches those experts' logits?
@@ -183,24 +188,26 @@ _, more_loads, _ = train((x0_TD, target0_TD, stuck), weight=1.0)
 print("collapsed:   ", loads[-1].tolist())
 print("with the loss", more_loads[-1].tolist())
 output, _ = moe_forward(x0_TD, stuck, CONFIG, training=True)
-print("largest score beside the best two of a token:", f"{np.sort(output.routing.scores, axis=1)[:, :-2].max():.0e}")
+others = np.sort(output.routing.scores, axis=1)[:, :-2]
+print(f"largest score beside the best two of a token: {others.max():.0e}")
 
 # %% [markdown]
-# The balance loss is as high as it can be, and its gradient is gone: through a softmax it passes as s · (1 − s), and s is next to 0 for
-# the experts that should rise.
+# The balance loss is as high as it can be, E/K = 4, and its gradient is gone: through a softmax it passes as s · (1 − s), and s is next to
+# 0 for the experts that should rise.
 #
 # **Predict.** Divide the router's matrix by 20, which changes no choice at all, and rescue again. Does it work now?
 
 # %%
 loosened = stuck | {"router.weight": stuck["router.weight"] / 20}
 _, more_loads, more_errors = train((x0_TD, target0_TD, loosened), weight=1.0)
-print("with small logits and the loss:", more_loads[-1].tolist(), "· unused:", dead_experts(more_loads[-1]))
-spread = softmax_forward(output.routing.logits / 20)[0]
-print("largest score beside the best two, logits divided by 20:", f"{np.sort(spread, axis=1)[:, :-2].max():.2f}")
+load_E = more_loads[-1]
+print("with small logits and the loss:", load_E.tolist(), "· unused:", dead_experts(load_E))
+others = np.sort(softmax_forward(output.routing.logits / 20)[0], axis=1)[:, :-2]
+print(f"largest score beside the best two, logits divided by 20: {others.max():.2f}")
 
 # %% [markdown]
-# Most of them come back. So the loss must be there from the beginning, and the logits must stay small. The second is what the z-loss is
-# for ({{reference.balancing.router_z_forward}}).
+# Most of them come back. So the loss must be there from the beginning, and the logits must stay small. The second is what the **z-loss**
+# is for, the mean square of log Σ e^logit ({{reference.balancing.router_z_forward}}).
 #
 # ## 7 · A trap
 #
@@ -213,6 +220,9 @@ print("seen in:", bug.seen)
 print("caught: ", bug.symptom())
 
 # %% [markdown]
+# After the drop no expert counts more than its capacity, so the counts of a collapsed router are nearly even, and the loss says “as good
+# as 1” where E/K would be true.
+#
 # Try: a weight that falls to 0 after 100 steps. Does the load stay even? And K = 1, for which Switch was made: is collapse faster or
 # slower?
 #

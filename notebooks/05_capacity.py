@@ -20,12 +20,15 @@ from reference.config import CapacityConfig, GatingConfig
 from reference.gating import gates_forward, top_k
 from reference.proof import bugs
 from reference.scores import softmax_forward
-from reference.tokens import Draws, TokenInfo, token_info
+from reference.tokens import Draws, token_info
 
 TOKENS, EXPERTS, K = 256, 8, 2
 rng = np.random.default_rng(0)
 popularity_E = -np.log(np.arange(1, EXPERTS + 1))
-logits = {"even": rng.standard_normal((TOKENS, EXPERTS)), "skewed": popularity_E + 0.7 * rng.standard_normal((TOKENS, EXPERTS))}
+logits = {
+    "even": rng.standard_normal((TOKENS, EXPERTS)),
+    "skewed": popularity_E + 0.7 * rng.standard_normal((TOKENS, EXPERTS)),
+}
 chosen = {name: top_k(logits_TE, K) for name, logits_TE in logits.items()}
 for name, expert_TK in chosen.items():
     print(f"{name:>6} load:", np.bincount(expert_TK.ravel(), minlength=EXPERTS).tolist())
@@ -44,7 +47,7 @@ for name, expert_TK in chosen.items():
 everyone = token_info(TOKENS)
 
 
-def kept(expert_TK: np.ndarray, gate_TK: np.ndarray, config: CapacityConfig, tokens: TokenInfo = everyone) -> tuple[np.ndarray, int]:
+def kept(expert_TK: np.ndarray, gate_TK: np.ndarray, config: CapacityConfig, tokens=everyone) -> tuple:
     """(which assignments find a place [T, K], the capacity), as the reference decides it."""
     capacity = group_capacity(config, K, EXPERTS, tokens, training=True)
     order_N = queue_order(gate_TK, config.order, Draws(None), training=True)
@@ -52,32 +55,34 @@ def kept(expert_TK: np.ndarray, gate_TK: np.ndarray, config: CapacityConfig, tok
     return keep_within_capacity(expert_TK, wanted_TK, capacity, order_N, tokens), int(capacity[0])
 
 
-gate = {name: gates_forward(softmax_forward(logits[name])[0], chosen[name], GatingConfig(top_k=K, normalize="sum"))[0] for name in chosen}
+gate = {}
 for name, expert_TK in chosen.items():
+    scores_TE, _ = softmax_forward(logits[name])
+    gate[name], _ = gates_forward(scores_TE, expert_TK, GatingConfig(top_k=K, normalize="sum"))
     keep_TK, capacity = kept(expert_TK, gate[name], CapacityConfig("per_assignment", factor=1.0))
-    places = EXPERTS * capacity
-    print(f"{name:>6}: capacity {capacity}, {places} places, {(~keep_TK).sum():3} dropped, {places - keep_TK.sum():3} empty")
-plots.load(np.bincount(chosen["skewed"].ravel(), minlength=EXPERTS), capacity, [str(expert) for expert in range(EXPERTS)])
+    dropped, empty = (~keep_TK).sum(), EXPERTS * capacity - keep_TK.sum()
+    print(f"{name:>6}: {EXPERTS} times {capacity} places, {dropped:3} dropped, {empty:3} empty")
+load_E = np.bincount(chosen["skewed"].ravel(), minlength=EXPERTS)
+plots.load(load_E, capacity, [str(expert) for expert in range(EXPERTS)])
 
 # %% [markdown]
 # At factor 1 as many places stay empty as assignments are dropped, each where the other is not.
 #
-# **Predict.** Sketch both for the skewed router as the factor grows from 0 to 4: which curve reaches 0, and where? (What is the
-# largest possible number of assignments to one expert?) What share of the places is empty at that point?
+# **Predict.** Sketch both shares for the skewed router as the factor grows from 0 to 4: which curve falls to 0, and where? (Its loads
+# stand above. How many places does expert 0 need?) What share of the places is empty at that point?
 
 # %%
-factors = np.linspace(0.125, 4, 32)
-dropped, empty = {}, {}
+factors, shares = np.linspace(0.125, 4, 32), {}
 for name, expert_TK in chosen.items():
-    results = [kept(expert_TK, gate[name], CapacityConfig("per_assignment", factor=float(factor))) for factor in factors]
-    dropped[name] = np.array([(~keep_TK).mean() for keep_TK, _ in results])
-    empty[name] = np.array([1 - keep_TK.sum() / (EXPERTS * capacity) for keep_TK, capacity in results])
-    enough = factors[dropped[name] == 0][0]
-    print(
-        f"{name:>6}: nothing is dropped from factor {enough:.2f} on; then {empty[name][dropped[name] == 0][0]:.0%} of all places are empty"
-    )
-shares = {f"{what}, {name}": share[name] for name in chosen for what, share in (("dropped", dropped), ("empty", empty))}
-plots.curves(factors, shares, "capacity factor", "share", "share of assignments dropped, share of places empty")
+    configs = [CapacityConfig("per_assignment", factor=float(factor)) for factor in factors]
+    results = [kept(expert_TK, gate[name], config) for config in configs]
+    dropped = np.array([(~keep_TK).mean() for keep_TK, _ in results])
+    empty = np.array([1 - keep_TK.sum() / (EXPERTS * capacity) for keep_TK, capacity in results])
+    shares |= {f"dropped, {name}": dropped, f"empty, {name}": empty}
+    needed, enough = np.bincount(expert_TK.ravel()).max() / (K * TOKENS / EXPERTS), int(np.argmin(dropped))
+    print(f"{name:>6}: the busiest expert needs factor {needed:.2f}; in steps of 1/8, nothing is dropped")
+    print(f"        from {factors[enough]:.3f} on, and there {empty[enough]:.0%} of the places are empty")
+plots.curves(factors, shares, "capacity factor", "share", "assignments dropped, and places empty")
 
 # %% [markdown]
 # An empty place is computed like any other. Even a fair router needs a factor above 1, for chance is not even; a skewed one pays for its
@@ -95,11 +100,13 @@ plots.curves(factors, shares, "capacity factor", "share", "share of assignments 
 orders = ("choice_major", "token_major", "probability")
 by_part = {}
 for order in orders:
-    keep_TK, _ = kept(chosen["skewed"], gate["skewed"], CapacityConfig("per_assignment", factor=1.0, order=order))
+    config = CapacityConfig("per_assignment", factor=1.0, order=order)
+    keep_TK, _ = kept(chosen["skewed"], gate["skewed"], config)
     by_part[order] = drop_rate_by_position(np.ones_like(keep_TK), keep_TK, np.arange(TOKENS), 8)
-    lost = gate["skewed"][~keep_TK].sum() / TOKENS
-    print(f"{order:>12}: {(~keep_TK).sum()} dropped, {(~keep_TK[:, 0]).sum():3} of them first choices, {lost:.0%} of the weight lost")
-plots.bars([f"part {part}" for part in range(1, 9)], by_part, "share of assignments dropped, by part of the sequence", "dropped")
+    weight, firsts, total = gate["skewed"][~keep_TK].sum() / TOKENS, (~keep_TK[:, 0]).sum(), (~keep_TK).sum()
+    print(f"{order:>12}: {total} dropped, {firsts} of them first choices; weight lost {weight:.0%}")
+parts = [f"part {part}" for part in range(1, 9)]
+plots.bars(parts, by_part, "share of assignments dropped, by part of the sequence", "dropped")
 
 # %% [markdown]
 # All three drop the same number: how many is a matter of C, who is a matter of the queue. Token after token, the first quarter loses
@@ -152,7 +159,7 @@ check("positions", positions)
 # experts.
 #
 # **Predict.** Put 64 tokens of padding in front of the 256 words, all of which want experts 0 and 1. The capacity counts words only. How
-# many more words lose an assignment if the padding is queued like words, and if it is masked?
+# many more assignments of words are dropped if the padding is queued like words, and how many if it is masked?
 
 # %%
 skewed_TK = chosen["skewed"]
@@ -163,15 +170,21 @@ config = CapacityConfig("per_assignment", factor=1.0)
 alone_TK, capacity = kept(skewed_TK, gate["skewed"], config)
 masked_TK, _ = kept(longer_TK, longer_gate_TK, config, token_info(len(longer_TK), pad_mask=pad_mask))
 order_N = queue_order(longer_gate_TK, config.order, Draws(None), training=True)
-queued_TK = keep_within_capacity(longer_TK, np.ones_like(masked_TK), np.array([capacity]), order_N, token_info(len(longer_TK)))
-lost = {"no padding": alone_TK, "padding masked": masked_TK[64:], "padding queued": queued_TK[64:]}
-print("assignments of words that are dropped:", {name: int((~keep_TK).sum()) for name, keep_TK in lost.items()})
+all_real, everything_TK = token_info(len(longer_TK)), np.ones_like(masked_TK)
+queued_TK = keep_within_capacity(longer_TK, everything_TK, np.array([capacity]), order_N, all_real)
+fates = {"no padding": alone_TK, "padding masked": masked_TK[64:], "padding queued": queued_TK[64:]}
+for name, keep_TK in fates.items():
+    print(f"{name:>14}: {(~keep_TK).sum()} assignments of words dropped")
 print("masked padding changes nothing for any word:", bool(np.array_equal(alone_TK, masked_TK[64:])))
 
 # %% [markdown]
-# This has shipped, more than once. (“near:” stands before a paper whose text invites the mistake, where no report of it was found.)
+# Queued padding takes all places of expert 0, and of expert 1 what the first choices have left. This has shipped. The museum has it, and
+# beside it the other way to get a queue wrong, a count that starts anew for the second choices. (“near:” stands before a paper whose text
+# invites the mistake, where no report of it was found.)
 #
-# **Predict.** What is the smallest example on which the museum's check can tell the two apart?
+# **Predict.** Its first check has one expert with two places, and three words that all want it; then the same three words behind two
+# tokens of padding. Which words does the wrong code keep? And how many assignments can an expert of capacity 5 end up with under the second
+# mistake?
 
 # %%
 for name in ("padding eats capacity", "second choices from zero"):
@@ -189,13 +202,13 @@ for name in ("padding eats capacity", "second choices from zero"):
 # %%
 group_ids = np.arange(TOKENS) // 128
 apart_TK, capacity = kept(skewed_TK, gate["skewed"], config, token_info(TOKENS, group_ids=group_ids))
-alone_TK, _ = kept(skewed_TK[:128], gate["skewed"][:128], config, token_info(128))
-print(f"capacity {capacity} in each group, {(~apart_TK).sum()} dropped; as one group {(~kept(skewed_TK, gate['skewed'], config)[0]).sum()}")
-print("the first sequence fares as if it were alone:", bool(np.array_equal(apart_TK[:128], alone_TK)))
+first_TK, _ = kept(skewed_TK[:128], gate["skewed"][:128], config, token_info(128))
+print(f"two groups of capacity {capacity}: {(~apart_TK).sum()} dropped; one group: {(~alone_TK).sum()}")
+print("the first sequence fares as if it were alone:", bool(np.array_equal(apart_TK[:128], first_TK)))
 
 # %% [markdown]
 # Smaller groups drop a little more, for in a small group chance is less even. They are also what makes the layer's result independent of
-# the rest of the batch.
+# the rest of the batch, apart from rounding.
 #
 # Try: `CapacityConfig("per_token")`, Switch's formula without K. What does its factor 1 mean with K = 2?
 #

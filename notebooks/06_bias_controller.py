@@ -29,7 +29,7 @@ taste_E = np.linspace(1, -1, EXPERTS)
 
 
 def scores_of(step: int, taste_E: np.ndarray = taste_E) -> np.ndarray:
-    """Sigmoid scores [T, E] of a fresh batch: every token has its own logits, and all of them like expert 0 best on average."""
+    """Sigmoid scores [T, E] of a fresh batch, in which expert 0 is liked best on average."""
     return sigmoid_forward(taste_E + np.random.default_rng(step).standard_normal((TOKENS, EXPERTS)))[0]
 
 
@@ -39,14 +39,8 @@ def load_of(expert_TK: np.ndarray) -> np.ndarray:
 
 
 scores_TE = scores_of(0)
-print(
-    "load:",
-    load_of(top_k(scores_TE, K)).tolist(),
-    "· mean",
-    TOKENS * K // EXPERTS,
-    "· MaxVio",
-    f"{max_violation(load_of(top_k(scores_TE, K))):.2f}",
-)
+load_E = load_of(top_k(scores_TE, K))
+print(f"load: {load_E.tolist()} · mean {TOKENS * K // EXPERTS} · MaxVio {max_violation(load_E):.2f}")
 
 # %% [markdown]
 # MaxVio says by how much the busiest expert exceeds the mean ({{reference.balancing.max_violation}}): 0 is perfect.
@@ -59,11 +53,13 @@ print(
 # compared with one just above it?
 
 # %%
-bias_E = sign_bias_update(np.zeros(EXPERTS), load_of(top_k(scores_TE, K)), 0.05)
+bias_E = sign_bias_update(np.zeros(EXPERTS), load_E, 0.05)
 print("bias:", bias_E.tolist())
 print("load:", load_of(top_k(scores_TE + bias_E, K)).tolist())
 
 # %% [markdown]
+# All steps are equally long, whether an expert has more than twice the mean or just a little more.
+#
 # **Predict.** Some tokens have changed sides. Take one that chose the same two experts before and after. Have its gates changed?
 
 # %%
@@ -72,16 +68,17 @@ gating = GatingConfig(top_k=K, correction_bias=True, normalize="sum")
 same_T = (before_TK == after_TK).all(1)
 gate_before_TK, _ = gates_forward(scores_TE, before_TK, gating)
 gate_after_TK, _ = gates_forward(scores_TE, after_TK, gating)
-print(f"{(~same_T).sum()} of {TOKENS} tokens choose differently")
-print("gates of all others are exactly as they were:", bool(np.array_equal(gate_before_TK[same_T], gate_after_TK[same_T])))
+unmoved = np.array_equal(gate_before_TK[same_T], gate_after_TK[same_T])
+print(f"{(~same_T).sum()} of {TOKENS} tokens choose differently, or in another order")
+print("the gates of all others are exactly as they were:", unmoved)
 
 # %% [markdown]
 # The gates are made of the scores, and the scores have not moved. The bias decides who is asked, not how much the answer counts.
 #
 # ## 2 · The step of many ranks (exercise)
 #
-# In training, each of R machines sees its own part of the batch and counts its own load. Write one step of the bias from all of them:
-# `load_RE` holds a row of loads for each rank. The rule is about the **whole** batch.
+# In training, each of R processes, called *ranks*, sees its own part of the batch and counts its own load. Write one step of the bias from
+# all of them: `load_RE` holds a row of loads for each rank. The rule is about the **whole** batch.
 #
 # **Predict.** One rank says expert 0 has too much, another that it has too little. Who wins?
 #
@@ -106,16 +103,17 @@ def bias_step(bias_E: np.ndarray, load_RE: np.ndarray, rate: float) -> np.ndarra
 check("bias_step", bias_step)
 
 # %% [markdown]
+# Neither rank wins by itself: the loads are added, and the sum of them is above the mean or below it.
+#
 # ## 3 · How large a step?
 #
 # A fresh batch at each step, 200 steps, three values of γ. The scores lie between 0 and 1.
 #
-# **Predict.** Which of 0.001, 0.01 and 0.1 comes to rest near 0 first, which is still on its way after 200 steps, and which never
-# settles?
+# **Predict.** Which of 0.001, 0.01 and 0.1 comes to rest near 0 first, which needs nearly all of the 200 steps, and which never settles?
 
 
 # %%
-def control(rate: float, rule: str = "sign", steps: int = 200, taste_of=lambda step: taste_E) -> tuple[np.ndarray, np.ndarray]:
+def control(rate: float, rule: str = "sign", steps: int = 200, taste_of=lambda step: taste_E):
     """(MaxVio before each step [steps], bias before each step [steps, E])."""
     bias_E, violations, biases = np.zeros(EXPERTS), [], []
     for step in range(steps):
@@ -128,9 +126,8 @@ def control(rate: float, rule: str = "sign", steps: int = 200, taste_of=lambda s
 
 by_rate = {f"γ = {rate}": control(rate)[0] for rate in (0.001, 0.01, 0.1)}
 for name, violations in by_rate.items():
-    print(
-        f"{name:>9}: MaxVio {violations[0]:.2f} at first, {violations[50]:.2f} after 50 steps, {violations[-50:].mean():.2f} in the last 50"
-    )
+    at_first, later, at_last = violations[0], violations[50], violations[-20:].mean()
+    print(f"{name:>9}: MaxVio {at_first:.2f}, after 50 steps {later:.2f}, in the last 20 steps {at_last:.2f}")
 plots.curves(np.arange(200), by_rate, "step", "MaxVio", "MaxVio under three step sizes")
 
 # %% [markdown]
@@ -143,8 +140,10 @@ plots.curves(np.arange(200), by_rate, "step", "MaxVio", "MaxVio under three step
 # %%
 violations, biases = control(0.01)
 settled, resting_E = int(np.argmax(violations < 0.2)), biases[100:].mean(0)
-print(f"MaxVio is below 0.2 first at step {settled}; later the biases rest between {resting_E.min():.2f} and {resting_E.max():.2f}")
-plots.curves(np.arange(200), {f"expert {expert}": bias for expert, bias in enumerate(biases.T)}, "step", "bias", "the biases, γ = 0.01")
+print(f"MaxVio is below 0.2 first at step {settled}")
+print(f"later the biases rest between {resting_E.min():.2f} and {resting_E.max():.2f}")
+by_expert = {f"expert {expert}": bias for expert, bias in enumerate(biases.T)}
+plots.curves(np.arange(200), by_expert, "step", "bias", "the biases, γ = 0.01")
 
 # %% [markdown]
 # ## 4 · The world turns round
@@ -159,10 +158,11 @@ def turning(step: int) -> np.ndarray:
     return taste_E if step < 100 else taste_E[::-1]
 
 
-turned = {rule: control(rate, rule, taste_of=turning)[0] for rule, rate in (("sign", 0.01), ("proportional", 0.2))}
-print(
-    f"sign: start {turned['sign'][0]:.2f}, just before the turn {turned['sign'][90:100].mean():.2f}, at the turn {turned['sign'][100]:.2f}"
-)
+rates = {"sign": 0.01, "proportional": 0.2}
+turned = {rule: control(rate, rule, taste_of=turning)[0] for rule, rate in rates.items()}
+for rule, violations in turned.items():
+    before, at = violations[90:100].mean(), violations[100]
+    print(f"{rule:>12}: MaxVio {violations[0]:.2f}, before the turn {before:.2f}, at the turn {at:.2f}")
 plots.curves(np.arange(200), turned, "step", "MaxVio", "MaxVio, and a turn at step 100")
 
 # %% [markdown]
@@ -175,8 +175,8 @@ plots.curves(np.arange(200), turned, "step", "MaxVio", "MaxVio, and a turn at st
 # The task of notebook 04, with the bias instead of the loss: one update after each step of gradient descent
 # ({{reference.config.BalanceConfig}}), γ = 0.003, once with softmax and once with sigmoid scores.
 #
-# **Predict.** Three starts. Does the bias bring every expert into use? With which scores will one γ do better: with softmax scores, which
-# can come as close to 0 as they like, or with sigmoid scores of an undecided router, which lie around ½?
+# **Predict.** Three starts, one in each column. Does the bias bring every expert into use? With which scores will one γ do better: with
+# softmax scores, which can come as close to 0 as they like, or with sigmoid scores of an undecided router, which lie around ½?
 
 
 # %%
@@ -192,7 +192,8 @@ def train(seed: int, config: MoEConfig, steps: int = 300) -> tuple[np.ndarray, f
         _, gradients = moe_backward((output.y - target_TD) / len(x_TD), cache)
         params = {name: value - 0.04 * gradients.get(name, 0) for name, value in params.items()}
         if config.gating.correction_bias:
-            params["router.correction_bias"] = sign_bias_update(params["router.correction_bias"], loads[-1], config.balance.bias_rate)
+            bias_E, rate = params["router.correction_bias"], config.balance.bias_rate
+            params["router.correction_bias"] = sign_bias_update(bias_E, loads[-1], rate)
     return np.array(loads), float(np.mean((output.y - target_TD) ** 2))
 
 
@@ -200,9 +201,11 @@ controlled = BalanceConfig(bias_rule="sign", bias_rate=0.003)
 for function in ("softmax", "sigmoid"):
     for name, balance in (("no bias", BalanceConfig()), ("bias", controlled)):
         gating = GatingConfig(top_k=2, normalize="sum", correction_bias=balance is controlled)
-        runs = [train(seed, replace(CONFIG, scores=ScoresConfig(function), gating=gating, balance=balance)) for seed in range(3)]
-        ends = [(np.mean([max_violation(load_E) for load_E in loads[-20:]]), error) for loads, error in runs]
-        print(f"{function}, {name:>7}:  " + "   ".join(f"MaxVio {violation:.1f}, error {error:.2f}" for violation, error in ends))
+        config = replace(CONFIG, scores=ScoresConfig(function), gating=gating, balance=balance)
+        runs = [train(seed, config) for seed in range(3)]
+        ends = [(np.mean(list(map(max_violation, loads[-20:]))), error) for loads, error in runs]
+        texts = [f"MaxVio {violation:.1f}, error {error:.2f}" for violation, error in ends]
+        print(f"{function}, {name:>7}:  " + "   ".join(texts))
 plots.shares(runs[0][0], "sigmoid scores and a bias, the first start: who gets the tokens")
 
 # %% [markdown]
@@ -221,6 +224,9 @@ print("seen in:", bug.seen)
 print("caught: ", bug.symptom())
 
 # %% [markdown]
+# Between 1 and 2, bfloat16 has only steps of 1/128, and what rises by less than half a step is rounded back. So the bias is kept in fp32,
+# whatever the model computes in.
+#
 # Try: 64 tokens in a batch instead of 512. Which γ is best now, and why? And `centered_sign`, torchtitan's rule: what is always 0 under
 # it?
 #

@@ -33,7 +33,8 @@ corpus = load_corpus()
 for domain in corpus.domains:
     lines = [line.strip() for line in decode(corpus.heldout[domain][:1000]).split("\n")]
     example = next(line for line in lines if len(line) > 10)
-    print(f"{domain:>10}: {corpus.train[domain].size / 1e6:.1f} MB to learn from, for instance {example[:60]!r}")
+    size = corpus.train[domain].size / 1e6
+    print(f"{domain:>10}: {size:.1f} MB to learn from, for instance {example[:60]!r}")
 
 # %% [markdown]
 # Nothing was downloaded: this is Python's own library, its own documentation, and arithmetic ({{reference.text.load_corpus}}).
@@ -46,24 +47,27 @@ for domain in corpus.domains:
 # **Predict.** How many bits does a model need that finds all 256 bytes equally likely? And one that knows only how frequent each byte is?
 
 # %%
+by_frequency = {}
 for domain in corpus.domains:
     count_V = np.bincount(corpus.train[domain], minlength=256) + 1
     bits_V = -np.log2(count_V / count_V.sum())
-    print(f"{domain:>10}: all alike {np.log2(256):.2f}, by frequency {bits_V[corpus.heldout[domain]].mean():.2f} bits per byte")
+    by_frequency[domain] = bits_V[corpus.heldout[domain]].mean()
+    print(f"{domain:>10}: all alike {np.log2(256):.1f}, by frequency {by_frequency[domain]:.1f}")
 
 # %% [markdown]
 # ## 2 · Train
 #
-# The layer is DeepSeek-V3's at a very small size: 16 experts, 4 of them and a shared one for each byte, sigmoid scores, a bias that
-# evens the load. 120 steps take some seconds.
+# The layer is DeepSeek-V3's at a very small size: 16 experts, of which each byte chooses 4, and a *shared* one that every byte goes
+# through; sigmoid scores, and a bias that evens the load. 120 steps take some seconds.
 #
 # **Predict.** Will 120 steps beat the frequencies? In which domain by most?
 
 # %%
 gating = replace(TOUR_MODEL.moe.gating, groups=1, top_groups=1)
+balance = replace(TOUR_MODEL.moe.balance, bias_rate=0.01)
 small = replace(
     TOUR_MODEL,
-    moe=replace(TOUR_MODEL.moe, d_model=64, gating=gating, balance=replace(TOUR_MODEL.moe.balance, bias_rate=0.01)),
+    moe=replace(TOUR_MODEL.moe, d_model=64, gating=gating, balance=balance),
     attention=replace(TOUR_MODEL.attention, heads=2, kv_heads=1),
     layers=2,
     dense_width=128,
@@ -72,11 +76,12 @@ settings = replace(TOUR_TRAIN, steps=120, length=64, lr=8e-3, warmup=20, log_eve
 result = train(small, settings, corpus, progress=False)
 step = np.array([row["step"] for row in result.log])
 bits = np.array([row["ce"] for row in result.log]) / np.log(2)
-plots.curves(
-    step, {"this model": bits, "all bytes alike": np.full(len(step), 8.0)}, "step", "bits per byte", "bits per byte while training"
-)
+by_model = {"this model": bits, "all bytes alike": np.full(len(step), 8.0)}
+plots.curves(step, by_model, "step", "bits per byte", "bits per byte while training")
 trained = heldout_bits(result.model, corpus, 64, count=16, batch=16)
-print("on text it has never seen:", {domain: round(value, 1) for domain, value in trained.items()})
+print("bits per byte on text it has never seen:")
+for domain, value in trained.items():
+    print(f"{domain:>10}: {value:.1f}, by frequency {by_frequency[domain]:.1f}")
 
 # %% [markdown]
 # **Predict.** The bias starts at 0. Does the load even out in 120 steps (MaxVio, as in notebook 06)? Was any expert ever without a token?
@@ -84,14 +89,15 @@ print("on text it has never seen:", {domain: round(value, 1) for domain, value i
 # %%
 violation = np.array([row["max_vio"]["1"] for row in result.log])
 dead = [row["dead_experts"] for row in result.log]
-plots.curves(step, {"MaxVio": violation}, "step", "MaxVio", "how far the busiest expert is above the mean")
+plots.curves(step, {"layer 1": violation}, "step", "MaxVio", "the busiest expert above the mean")
 print(f"MaxVio {violation[0]:.1f} at the start, {violation[-5:].mean():.1f} at the end")
 print(f"experts without a token: at most {max(dead)}, at the end {dead[-1]}")
 
 # %% [markdown]
 # ## 3 · A model that was trained for longer
 #
-# The repository holds a larger sibling: 4 layers, 4,000 steps ({{reference/autograd/tour_model.py}}), with its log.
+# The repository holds a larger sibling, with its log: 4 layers, the first of them without experts, and 4,000 steps
+# ({{reference/autograd/tour_model.py}}).
 #
 # **Predict.** How many bits per byte does it need? Which of the three domains can *not* be learned much further, however long one
 # trains? (What is random in it?)
@@ -101,9 +107,12 @@ model, record = read_committed()
 step = np.array([row["step"] for row in record["log"]])
 curve = np.array([row["ce"] for row in record["log"]]) / np.log(2)
 smooth = np.convolve(curve, np.ones(10) / 10, "valid")
-plots.curves(step[9:], {"mean of ten": smooth}, "step", "bits per byte", "bits per byte of the committed model while it was trained")
+by_model = {"mean of ten": smooth}
+plots.curves(step[9:], by_model, "step", "bits per byte", "the committed model while it was trained")
 longer = heldout_bits(model, corpus, 256, count=8, batch=8)
-print("held out:", {domain: round(value, 1) for domain, value in longer.items()})
+print("bits per byte on text it has never seen:")
+for domain, value in longer.items():
+    print(f"{domain:>10}: {value:.1f}, the small model {trained[domain]:.1f}")
 
 # %% [markdown]
 # The operands of the arithmetic are drawn at random; no model can know them, and only what stands behind the “=” can be learned. That is
@@ -119,17 +128,20 @@ print("held out:", {domain: round(value, 1) for domain, value in longer.items()}
 
 # %%
 WINDOWS, LENGTH = 8, 128
-tokens_BS = torch.from_numpy(np.concatenate([heldout_windows(corpus, domain, LENGTH, WINDOWS) for domain in corpus.domains]))
+windows = [heldout_windows(corpus, domain, LENGTH, WINDOWS) for domain in corpus.domains]
+tokens_BS = torch.from_numpy(np.concatenate(windows))
 with torch.no_grad():
-    routings = {layer: routing_to_numpy(routing) for layer, routing in model.eval()(tokens_BS)[1].routing.items()}
+    _, aux = model.eval()(tokens_BS)
+routings = {layer: routing_to_numpy(routing) for layer, routing in aux.routing.items()}
 label_T = np.repeat(np.arange(3), WINDOWS * LENGTH)
 sequence_T = np.repeat(np.arange(3 * WINDOWS), LENGTH)
-share_VE = np.concatenate([domain_expert_share(routing.expert, label_T, 16) for routing in routings.values()])
+shares = {layer: domain_expert_share(routing.expert, label_T, 16) for layer, routing in routings.items()}
 names = [f"layer {layer}, {domain}" for layer in routings for domain in corpus.domains]
-plots.table(share_VE, names, "share of each expert in a domain's assignments", "expert", "", "share")
-for layer in routings:
-    busiest = [int(share_VE[names.index(f"layer {layer}, {domain}")].argmax()) for domain in corpus.domains]
-    print(f"layer {layer}: the expert that each domain uses most:", dict(zip(corpus.domains, busiest, strict=True)))
+all_shares = np.concatenate([*shares.values()])
+plots.table(all_shares, names, "share of each expert in a domain's assignments", "expert", "", "share")
+for layer, share_VE in shares.items():
+    busiest = dict(zip(corpus.domains, share_VE.argmax(1).tolist(), strict=True))
+    print(f"layer {layer}: the expert that each domain uses most:", busiest)
 
 # %% [markdown]
 # Some cells stand out and none is empty: every expert serves every domain.
@@ -178,27 +190,29 @@ check("information", information)
 
 # %%
 for layer, routing in routings.items():
-    found = measure(routing.expert, label_T, np.random.default_rng(layer), group_ids=sequence_T, permutations=100)
-    print(f"layer {layer}: {found.information:.2f} bits, by chance {found.null_mean:.2f} (at most {found.null_high:.2f})")
+    rng = np.random.default_rng(layer)
+    found = measure(routing.expert, label_T, rng, group_ids=sequence_T, permutations=100)
+    by_chance = f"{found.null_mean:.2f} (at most {found.null_high:.2f})"
+    print(f"layer {layer}: {found.information:.2f} bits, by chance {by_chance}")
 
 # %% [markdown]
 # More than chance, and far from 1.58. The experts know something about domains, but domains are not what they are for.
 #
-# **Predict.** Ask the same of another label: the byte itself, its class (letter, digit, space, sign). More bits or fewer?
+# **Predict.** Ask the same of another label, the class of the byte: small letter, digit, white space or anything else. More bits or fewer?
 
 # %%
-letters, digits, spaces = (np.isin(np.arange(256), encode(text)) for text in ("abcdefghijklmnopqrstuvwxyz", "0123456789", " \n\t"))
-class_V = np.select([letters, digits, spaces], [0, 1, 2], default=3)
+classes = ("abcdefghijklmnopqrstuvwxyz", "0123456789", " \n\t")
+class_V = np.select([np.isin(np.arange(256), encode(text)) for text in classes], [0, 1, 2], default=3)
 class_T = class_V[tokens_BS.numpy().ravel()]
 for layer, routing in routings.items():
-    by_domain, by_class = mutual_information(routing.expert, label_T), mutual_information(routing.expert, class_T)
-    print(f"layer {layer}: {by_domain:.2f} bits about the domain, {by_class:.2f} about the class of the byte")
+    domain_bits, class_bits = (mutual_information(routing.expert, label) for label in (label_T, class_T))
+    print(f"layer {layer}: {domain_bits:.2f} bits about the domain, {class_bits:.2f} about the byte's class")
 
 # %% [markdown]
-# What a byte *is* counts for more than where it comes from. A picture of one line, byte by byte:
+# What a byte *is* counts for more than where it comes from.
 #
-# **Predict.** Take two bytes of the held-out text. How many of their 4 experts do they share if they are any two, if they are neighbours,
-# if they are the same byte?
+# **Predict.** Below are the gates of one line, a column for each byte. Which columns will look most alike: those of neighbours, or those of
+# the same byte at different places, such as the blanks and the two w's?
 
 # %%
 line = "def area(w): return w * 12 + 3"
@@ -206,10 +220,14 @@ with torch.no_grad():
     routing = routing_to_numpy(model(torch.from_numpy(encode(line))[None])[1].routing[1])
 gate_ES = np.zeros((16, len(line)))
 np.put_along_axis(gate_ES.T, routing.expert, routing.gate, axis=1)
-plots.table(
-    gate_ES, [str(expert) for expert in range(16)], "the gates of each byte in layer 1", "byte", "expert", "gate", [*line.replace(" ", "␣")]
-)
+rows, columns = [str(expert) for expert in range(16)], [*line.replace(" ", "␣")]
+plots.table(gate_ES, rows, "the gates of each byte in layer 1", "byte", "expert", "gate", columns)
 
+# %% [markdown]
+# **Predict.** One line is one line. Take any two bytes of the held-out text, two neighbours, or twice the same byte: how many of their 4
+# experts do they have in common on average?
+
+# %%
 own_TE = np.zeros((len(label_T), 16))
 np.put_along_axis(own_TE, routings[1].expert, 1, axis=1)
 byte_T = tokens_BS.numpy().ravel()
@@ -232,13 +250,13 @@ for name, pair_TT in pairs.items():
 
 # %%
 for prompt in ("def area(width, height):\n", "If the argument is ", "7 + 5 = "):
-    text = decode(list(sample(model, prompt.encode(), 100, temperature=0.7, top_p=0.95, seed=1)), "replace")
-    print(f"{'─' * 20}\n{prompt}▸{text}")
+    written = list(sample(model, prompt.encode(), 100, temperature=0.7, top_p=0.95, seed=1))
+    print(f"{'─' * 20}\n{prompt}▸{decode(written, 'replace')}")
 
 # %% [markdown]
 # The form is there, the meaning is not: this model has fewer parameters than one expert of one layer of a large one. “▸” is where it
 # takes over.
 #
-# Try: train with `bias_rate=0` and without a loss. Is the load as even? Are the experts *more* specialised when nobody evens them?
+# Try: in section 2, train with `bias_rate=0`. Is the load as even? Are the experts *more* specialised when nobody evens them?
 #
 # **Next:** [08 · dispatch as sorting](08_dispatch.ipynb)

@@ -14,9 +14,9 @@ import numpy as np
 
 from notebooks import plots
 from notebooks.checks import check
-from reference import MoEConfig, init_params
+from reference import MoEConfig, dispatch, init_params
 from reference.config import ExpertsConfig
-from reference.dispatch import combine_forward, dispatch_backward, dispatch_forward, one_hot_combine, one_hot_dispatch, one_hot_slots
+from reference.dispatch import combine_forward, dispatch_backward, dispatch_forward
 from reference.experts import experts_forward
 from reference.gating import top_k
 from reference.proof import bugs
@@ -53,11 +53,14 @@ looped_TD, products = np.zeros_like(x_TD), 0
 for token in range(TOKENS):
     for slot in range(K):
         if keep_TK[token, slot]:
-            looped_TD[token] += gate_TK[token, slot] * run_expert(expert_TK[token, slot], x_TD[[token]])[0]
+            out_ND = run_expert(expert_TK[token, slot], x_TD[[token]])
+            looped_TD[token] += gate_TK[token, slot] * out_ND[0]
             products += 1
 print(products, "products of one row")
 
 # %% [markdown]
+# Each of them reads all numbers of an expert's matrices to use them for a single row.
+#
 # ## 2 · Sort
 #
 # List the kept assignments token by token. Then sort the list by expert. Each entry becomes a **row**: a copy of the token.
@@ -75,7 +78,10 @@ print("rows of each expert:", np.bincount(expert_N, minlength=EXPERTS).tolist())
 by_expert_N = np.argsort(expert_N, kind="stable")
 print("token: ", token_N[by_expert_N].tolist())
 print("expert:", expert_N[by_expert_N].tolist())
-plots.moves(token_N, expert_N, ("before sorting", "after sorting"), (np.arange(len(token_N)), by_expert_N))
+print("token 0 in rows", np.flatnonzero(token_N[by_expert_N] == 0).tolist(), end=" · ")
+print("expert 2 from row", int(np.argmax(expert_N[by_expert_N] == 2)))
+orders = (np.arange(len(token_N)), by_expert_N)
+plots.moves(token_N, expert_N, ("before sorting", "after sorting"), orders)
 
 # %% [markdown]
 # Left, tokens are in order and experts mixed; right, each expert's rows are neighbours, and inside an expert the tokens still run
@@ -94,14 +100,14 @@ plots.moves(token_N, expert_N, ("before sorting", "after sorting"), (np.arange(l
 
 
 # %% EXERCISE
-def sort_rows(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(token [N], slot [N], bounds [E + 1]) of the kept assignments in expert order."""
+def sort_rows(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> tuple:
+    """Three arrays: token [N], slot [N], bounds [E + 1] of the kept assignments in expert order."""
     raise NotImplementedError
 
 
 # %% SOLUTION
-def sort_rows(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(token [N], slot [N], bounds [E + 1]) of the kept assignments in expert order."""
+def sort_rows(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> tuple:
+    """Three arrays: token [N], slot [N], bounds [E + 1] of the kept assignments in expert order."""
     token_N, slot_N = np.nonzero(keep_TK)
     expert_N = expert_TK[token_N, slot_N]
     order_N = np.argsort(expert_N, kind="stable")
@@ -113,7 +119,7 @@ def sort_rows(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> tuple
 check("sort_rows", sort_rows)
 
 # %% [markdown]
-# The reference's is {{reference.dispatch.dispatch_forward}}.
+# The reference's is {{reference.dispatch.dispatch_forward}}. An expert that nobody chose begins and ends at the same row.
 #
 # ## 4 · Experts on slices, and back
 #
@@ -126,10 +132,14 @@ check("sort_rows", sort_rows)
 rows_ND, where = dispatch_forward(x_TD, expert_TK, keep_TK, EXPERTS)
 out_ND = experts_forward(rows_ND, where.bounds_P, params, config.experts)[0]
 sorted_TD, _ = combine_forward(out_ND, gate_TK, where)
-print("bounds:", where.bounds_P.tolist(), "·", EXPERTS, "products of", np.diff(where.bounds_P).tolist(), "rows")
+rows_E = np.diff(where.bounds_P).tolist()
+print(f"bounds: {where.bounds_P.tolist()} · {EXPERTS} products of {rows_E} rows")
 print("equal to the loop up to rounding:", bool(np.allclose(sorted_TD, looped_TD, rtol=0, atol=1e-14)))
 
 # %% [markdown]
+# Equal to the last bit it need not be: a product of many rows may add its terms in another order than a product of one row, and the order
+# depends on the processor.
+#
 # ## 5 · Scatter or gather
 #
 # Adding to tokens is a **scatter**: two rows may belong to one token.
@@ -141,12 +151,14 @@ weighted_ND = gate_TK[where.token_N, where.slot_N][:, None] * out_ND
 hasty_TD = np.zeros_like(x_TD)
 hasty_TD[where.token_N] += weighted_ND
 wrong_T = ~np.isclose(hasty_TD, sorted_TD, rtol=0, atol=1e-14).all(1)
-print("wrong tokens:", np.flatnonzero(wrong_T).tolist(), "· kept choices of the others:", keep_TK.sum(1)[~wrong_T].tolist())
-print("a neighbour in the museum, with gates instead of rows:", bugs.get("last slot wins").mistake)
+print("wrong tokens:", np.flatnonzero(wrong_T).tolist())
+print("kept choices of the others:", keep_TK.sum(1)[~wrong_T].tolist())
+print("in the museum:", bugs.get("last slot wins").mistake)
 
 # %% [markdown]
 # Only tokens with a single row come out right: NumPy reads, adds and writes once for each distinct index. `np.add.at` adds them all. The
-# museum's mistake is of the same kind: where both choices of a token are one expert, its two gates are written to one place.
+# museum's mistake is of the same kind, with gates instead of rows: where both choices of a token are one expert, its two gates are written
+# to one place.
 #
 # The other way: invert the permutation. `row_TK[t, k]` says in which row choice k of token t was computed. Then each token **gathers**
 # its K rows and adds them in a fixed order: no two writers, no atomics, the same bits every time.
@@ -158,10 +170,13 @@ row_TK = np.full(expert_TK.shape, -1)
 row_TK[where.token_N, where.slot_N] = np.arange(len(where.token_N))
 padded_ND = np.concatenate([out_ND, np.zeros((1, WIDTH))])
 gathered_TD = (gate_TK[:, :, None] * padded_ND[row_TK]).sum(1)
-print("rows of the first four tokens:", row_TK[:4].tolist(), "(−1: dropped)".replace("−", "-"))
-print("equal to the scatter up to rounding:", bool(np.allclose(gathered_TD, sorted_TD, rtol=0, atol=1e-14)))
+print("rows of the first four tokens:", row_TK[:4].tolist())
+same = bool(np.allclose(gathered_TD, sorted_TD, rtol=0, atol=1e-14))
+print("equal to the scatter up to rounding:", same)
 
 # %% [markdown]
+# What was dropped keeps the −1. As an index that is the last row, and there `padded_ND` has zeros.
+#
 # The fast track's kernels do both: they gather rows while they multiply, and gather again to combine ({{optimized/kernels/gathers.py}}).
 #
 # ## 6 · Backwards
@@ -180,20 +195,22 @@ print(f"{left:.6f} and {right:.6f}")
 #
 # ## 7 · The same with einsums
 #
-# GShard wrote that matrix down: a tensor [T, K, E, C] that says which token's which choice sits in which slot of which expert
-# ({{reference.dispatch.one_hot_slots}}).
+# GShard wrote that matrix down: a tensor [T, K, E, C] of zeros and ones that says which token's which choice sits in which slot of which
+# expert ({{reference.dispatch.one_hot_slots}}). Then dispatch and combine are products with it, which NumPy writes as `np.einsum`.
 #
 # **Predict.** Same result? And how many entries has the tensor for 4,096 tokens, K = 2, 64 experts, with capacity factor 1? How many are
 # ones?
 
 # %%
-slot_TKEC = one_hot_slots(expert_TK, keep_TK, EXPERTS, capacity=int(np.diff(where.bounds_P).max()))
-rows_ECD = one_hot_dispatch(x_TD, slot_TKEC)
+slot_TKEC = dispatch.one_hot_slots(expert_TK, keep_TK, EXPERTS, capacity=max(rows_E))
+rows_ECD = dispatch.one_hot_dispatch(x_TD, slot_TKEC)
 out_ECD = np.stack([run_expert(expert, rows_ECD[expert]) for expert in range(EXPERTS)])
-print("equal up to rounding:", bool(np.allclose(one_hot_combine(out_ECD, gate_TK, slot_TKEC), sorted_TD, rtol=0, atol=1e-14)))
+combined_TD = dispatch.one_hot_combine(out_ECD, gate_TK, slot_TKEC)
+print("equal up to rounding:", bool(np.allclose(combined_TD, sorted_TD, rtol=0, atol=1e-14)))
 tokens, experts = 4096, 64
 capacity = K * tokens // experts
-print(f"{tokens * K * experts * capacity:,} entries, at most {tokens * K:,} ones; the sort needs {2 * tokens * K + experts + 1:,} integers")
+print(f"{tokens * K * experts * capacity:,} entries, at most {tokens * K:,} of them ones")
+print(f"the sort needs {2 * tokens * K + experts + 1:,} integers")
 
 # %% [markdown]
 # The tensor grows with the square of the number of tokens, the sort with the number. This is why the einsum lives in small groups, and

@@ -106,11 +106,14 @@ def gather_kernel(X, TOKEN, ROWS, D, BLOCK: tl.constexpr):
     token = tl.load(TOKEN + row)
     column = tl.arange(0, BLOCK)
     inside = column < D
-    tl.store(ROWS + row * D + column, tl.load(X + token * D + column, mask=inside, other=0.0), mask=inside)
+    values = tl.load(X + token * D + column, mask=inside, other=0.0)
+    tl.store(ROWS + row * D + column, values, mask=inside)
 
 
+x, token, lanes = torch.from_numpy(x_TD), torch.from_numpy(where.token_N), triton.next_power_of_2(WIDTH)
 gathered = torch.full(rows_ND.shape, float("nan"))
-gather_kernel[(len(rows_ND),)](torch.from_numpy(x_TD), torch.from_numpy(where.token_N), gathered, WIDTH, BLOCK=64)
+gather_kernel[(len(rows_ND),)](x, token, gathered, WIDTH, BLOCK=lanes)
+print(f"{lanes} lanes, {lanes - WIDTH} of them masked")
 print("the reference's rows, to the bit:", bool(np.array_equal(gathered.numpy(), rows_ND)))
 
 # %% [markdown]
@@ -158,8 +161,8 @@ plots.tiles(spans, 16, EXPERTS)
 #
 # <details><summary>Hint 1</summary>Element (n, d) of ROWS is at <code>ROWS + n * D + d</code>; element (e, d, f) of WEIGHT at
 # <code>WEIGHT + (e * D + d) * F + f</code>. A tile of addresses: <code>row[:, None] * D + depth[None, :]</code>.</details>
-# <details><summary>Hint 2</summary><code>total = tl.dot(a, b, total, input_precision="ieee")</code> adds a product to the
-# total.</details>
+# <details><summary>Hint 2</summary><code>total = tl.dot(a, b, total, input_precision="ieee")</code> adds a product to the total;
+# "ieee" forbids a GPU to round the operands to fewer bits first.</details>
 # <details><summary>Hint 3</summary>In the last step some depths lie beyond D: load 0 there, from both operands, with
 # <code>mask=…, other=0.0</code>.</details>
 
@@ -170,7 +173,7 @@ def grouped_kernel(
     ROWS, WEIGHT, OUT, BOUNDS, TILES, D, F,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out = rows · W_e. Grid: (tiles, ⌈F / BLOCK_COLUMNS⌉); a program owns BLOCK_ROWS rows of one expert and BLOCK_COLUMNS columns."""
+    """out = rows · W_e. Grid: (tiles, ⌈F / BLOCK_COLUMNS⌉); a program owns a tile of one expert."""
     raise NotImplementedError
 
 
@@ -180,7 +183,7 @@ def grouped_kernel(
     ROWS, WEIGHT, OUT, BOUNDS, TILES, D, F,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out = rows · W_e. Grid: (tiles, ⌈F / BLOCK_COLUMNS⌉); a program owns BLOCK_ROWS rows of one expert and BLOCK_COLUMNS columns."""
+    """out = rows · W_e. Grid: (tiles, ⌈F / BLOCK_COLUMNS⌉); a program owns a tile of one expert."""
     expert = tl.load(TILES + 2 * tl.program_id(0))
     row = tl.load(TILES + 2 * tl.program_id(0) + 1) + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -194,7 +197,8 @@ def grouped_kernel(
         rows = tl.load(rows_at, mask=row_inside[:, None] & (depth < D)[None, :], other=0.0)
         weight = tl.load(weight_at, mask=(depth < D)[:, None] & column_inside[None, :], other=0.0)
         total = tl.dot(rows, weight, total, input_precision="ieee")
-    tl.store(OUT + row[:, None] * F + column[None, :], total, mask=row_inside[:, None] & column_inside[None, :])
+    out_at = OUT + row[:, None] * F + column[None, :]
+    tl.store(out_at, total, mask=row_inside[:, None] & column_inside[None, :])
 
 
 # %%
@@ -202,6 +206,9 @@ check("grouped_product", launched(grouped_kernel))
 
 # %% [markdown]
 # `launched` allocates OUT, makes the table of tiles and launches your kernel once ({{notebooks.exercises.grouped_product.launched}}).
+#
+# The three masks: without that of the rows a tile overwrites the next expert's, without that of the columns it runs on into the next row of
+# OUT, and without that of the depth it adds products of numbers that belong to other rows.
 #
 # ## 6 · What “equal” means
 #
@@ -221,11 +228,16 @@ def by_expert(rows_ND: np.ndarray, weight_EDF: np.ndarray) -> np.ndarray:
     return np.concatenate([rows_ND[own] @ weight_EDF[e] for e, own in enumerate(slices)])
 
 
+truth_NF = by_expert(rows_ND.astype(np.float64), weight_EDF.astype(np.float64))
+eager_NF = by_expert(rows_ND, weight_EDF)
+
+# %%
 launch, blocks = (importlib.import_module(f"optimized.kernels.{name}") for name in ("launch", "blocks"))
 height = blocks.blocks_of("product", torch.float32, "ieee").rows
-schedule = launch.sort_by_expert(torch.from_numpy(expert_TK), torch.ones(expert_TK.shape, dtype=torch.bool), EXPERTS, height)
-found_NF = launch.expert_product(torch.from_numpy(rows_ND), torch.from_numpy(weight_EDF), None, schedule).numpy()
-truth_NF, eager_NF = by_expert(rows_ND.astype(np.float64), weight_EDF.astype(np.float64)), by_expert(rows_ND, weight_EDF)
+keep_TK = torch.ones(expert_TK.shape, dtype=torch.bool)
+schedule = launch.sort_by_expert(torch.from_numpy(expert_TK), keep_TK, EXPERTS, height)
+rows, weight = torch.from_numpy(rows_ND), torch.from_numpy(weight_EDF)
+found_NF = launch.expert_product(rows, weight, None, schedule).numpy()
 order_N = np.arange(len(rows_ND))
 order_N[[0, 20]] = 20, 0
 results = {
@@ -236,10 +248,13 @@ results = {
     "two rows swapped": found_NF[order_N],
 }
 for name, result_NF in results.items():
-    print(f"{name:>16}: {'accepted' if compare('out', result_NF, truth_NF, eager_NF, 'float32').passed else 'rejected'}")
+    passed = compare("out", result_NF, truth_NF, eager_NF, "float32").passed
+    print(f"{name:>16}: {'accepted' if passed else 'rejected'}")
 
 # %% [markdown]
 # Published tests of such kernels have accepted zeros ({{docs/chapters/equal.md}}). A test that cannot fail proves
 # nothing.
 #
 # Try: tiles of 32 rows instead of 16. How many lanes are wasted now, and what do you gain?
+#
+# This is the last notebook. {{docs/chapters/ladder.md}} goes on from here, one rung at a time, to the kernels that the fast track uses.

@@ -16,6 +16,9 @@ from reference.proof.equal import rms
 ENOUGH = 3
 """At how many places a factor or a distance must be the same to be worth a word."""
 
+WIDEST = 105
+"""How many characters of output an editor shows on a line."""
+
 SHOWN = 3
 """How many rows, places or factors are listed."""
 
@@ -61,8 +64,14 @@ def places(axes: Axes, pair: Pair) -> list[str]:
         if not truth.ndim:
             return [f"  yours {found:.7g}   reference {truth:.7g}"]
         at = np.flatnonzero(wrong.reshape(len(truth), -1).any(1))
-        lines = [f"  {axes[0]} {place}: yours {found[place]}   reference {truth[place]}" for place in at[:SHOWN]]
+        lines = [_beside(f"  {axes[0]} {place}: ", str(found[place]), str(truth[place])) for place in at[:SHOWN]]
     return lines + ([f"  … and {len(at) - SHOWN} more"] if len(at) > SHOWN else [])
+
+
+def _beside(name: str, yours: str, reference: str) -> str:
+    """Both on one line, or below one another where an editor would break it."""
+    line = f"{name}yours {yours}   reference {reference}"
+    return line if len(line) <= WIDEST else f"{name}yours     {yours}\n{' ' * len(name)}reference {reference}"
 
 
 def _digits(pair: Pair) -> int:
@@ -218,6 +227,8 @@ def _another_order(pairs: Pairs) -> str | None:
         return "each row has the right numbers, in another order"
     if all(_same(_sorted_rows(pair.found), _sorted_rows(pair.truth)) for pair in pairs):
         return f"the {'rows' if pairs[0].truth.ndim == 2 else 'numbers'} are right, in another order"
+    if all(_same(np.sort(pair.found, None), np.sort(pair.truth, None)) for pair in pairs):
+        return "the numbers are right, in other places: does a reshape undo what the transposition did?"
     return None
 
 

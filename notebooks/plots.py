@@ -1,7 +1,11 @@
-"""The notebooks' pictures: no background of their own, and colours that read on white and on black; a hatch repeats what a colour says."""
+"""The notebooks' pictures: no background of their own, and colours that read on white and on black; a hatch repeats what a colour says.
+
+Type is large for the width, and legends lie below the picture: on a phone a picture is half as wide.
+"""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
@@ -13,15 +17,21 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-INK = "#7f7f7f"
+INK, LIGHTER_INK = "#7f7f7f", "#818181"
+"""Two greys that nobody tells apart, one on either side of the middle: where the labels of the ticks are all of one side, Jupyter takes the
+picture for one that needs a ground of the other, and lays white under it on a dark page."""
 COLOURS = ("#4a8fd0", "#d2762b", "#3c9a68", "#b065c0", "#c9525a", "#8c8a2e", "#2a9da5", "#a07855")
 LINES = ("-", "--", ":", "-.")
 HATCHES = ("", "//", "..", "xx")
 STYLE = {
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "hatch.linewidth": 0.6,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6,
+    "font.size": 12, "axes.titlesize": 13, "legend.fontsize": 12,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "axes.titlecolor": INK, "xtick.color": INK,
+    "ytick.color": LIGHTER_INK,
 }  # fmt: skip
+LETTERS_PER_INCH = 12
+"""How much of a title fits; an inch of the width is the axis's."""
 MOST_LINES = 40
 """Up to how many rows or columns the cells of a matrix are framed."""
 PALEST = 0.3
@@ -47,7 +57,7 @@ class Picture(Figure):
     """A figure whose text, where a picture cannot be shown, says what it shows."""
 
     def __repr__(self) -> str:
-        return "picture: " + " · ".join(drawn.get_title() for drawn in self.axes if drawn.get_title())
+        return "picture: " + " · ".join(" ".join(drawn.get_title().split()) for drawn in self.axes if drawn.get_title())
 
 
 def axes(width: float, height: float, *titles: str) -> Sequence[Axes]:
@@ -55,7 +65,7 @@ def axes(width: float, height: float, *titles: str) -> Sequence[Axes]:
     plt.rcParams.update(STYLE)
     _, drawn = plt.subplots(1, len(titles), figsize=(width, height), layout="constrained", squeeze=False, FigureClass=Picture)
     for own, title in zip(drawn[0], titles, strict=True):
-        own.set_title(title)
+        own.set_title(textwrap.fill(title, round(LETTERS_PER_INCH * (width / len(titles) - 1))))
     return drawn[0]
 
 
@@ -77,12 +87,16 @@ def cells(drawn: Axes, values: np.ndarray, shades: ListedColormap, low: float, h
 
 
 def _legend(drawn: Axes) -> None:
-    drawn.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    """What the colours mean, below the picture in as few lines as fit; a single name that is told already is not told again."""
+    handles, names = drawn.get_legend_handles_labels()
+    if len(names) > 1 or names[0] not in drawn.get_ylabel() + drawn.get_title():
+        columns = max(1, min(len(names), 56 // (4 + max(map(len, names)))))
+        drawn.figure.legend(handles, names, loc="outside lower center", ncols=columns)
 
 
 def load(load_E: np.ndarray, capacity: int, experts: Sequence[str]) -> None:
     """Assignments asked for, one bar for each expert, with the capacity as a line; what lies above it is hatched."""
-    (drawn,) = axes(6, 2.6, "what is asked of each expert, and its capacity")
+    (drawn,) = axes(5.4, 3.1, "what is asked of each expert, and its capacity")
     kept_E = np.minimum(load_E, capacity)
     drawn.bar(experts, kept_E, color=COLOURS[0], label="accepted")
     full = [name for name, over in zip(experts, load_E > capacity, strict=True) if over]
@@ -97,13 +111,13 @@ def load(load_E: np.ndarray, capacity: int, experts: Sequence[str]) -> None:
 def gates(gates_by_router: Mapping[str, np.ndarray], experts: Sequence[str], token: str) -> None:
     """One group of bars for each router: the gate that each expert [E] gets from it, 0 where it was not chosen."""
     heights = {name: [gate_E[expert] for gate_E in gates_by_router.values()] for expert, name in enumerate(experts)}
-    bars(list(gates_by_router), heights, f"the gates of “{token}”", "gate")
+    bars([textwrap.fill(name, 12) for name in gates_by_router], heights, f"the gates of “{token}”", "gate")
     plt.gca().axhline(1, color=INK, linestyle=":", linewidth=1)
 
 
 def bars(groups: Sequence[str], heights: Mapping[str, Sequence[float]], title: str, ylabel: str) -> None:
     """One group of bars for each name in `groups`, and in it one bar for each series."""
-    (drawn,) = axes(7.5, 2.8, title)
+    (drawn,) = axes(6, 3.2, title)
     where, width = np.arange(len(groups)), 0.8 / len(heights)
     for number, ((name, series), colour, hatch) in enumerate(zip(heights.items(), COLOURS, cycle(HATCHES), strict=False)):
         drawn.bar(where + width * (number - (len(heights) - 1) / 2), series, 0.9 * width, color=colour, hatch=hatch, label=name)
@@ -123,7 +137,7 @@ def curves(
     mark: float | None = None,
 ) -> None:
     """Several functions of one variable, told apart by colour and by the kind of line; `mark` is a place to point at."""
-    (drawn,) = axes(6.5, 2.8, title)
+    (drawn,) = axes(5.4, 3.2, title)
     for (name, values), colour, line in zip(curves_by_name.items(), COLOURS, cycle(LINES), strict=False):
         drawn.plot(x, values, color=colour, linestyle=line, linewidth=2, label=name)
     if scale == "linear":
@@ -138,7 +152,7 @@ def curves(
 
 def shares(load_SE: np.ndarray, title: str, mark: int | None = None) -> None:
     """Who gets the tokens, step by step: one row for each expert, dark where it gets many; `mark` is a step to point at."""
-    (drawn,) = axes(7, 2.8, title)
+    (drawn,) = axes(5.8, 3, title)
     share_ES = (load_SE / load_SE.sum(1, keepdims=True)).T
     image = cells(drawn, share_ES, SHADES, 0, float(share_ES.max()))
     drawn.figure.colorbar(image, ax=drawn, label="share of the load")
@@ -151,18 +165,18 @@ def shares(load_SE: np.ndarray, title: str, mark: int | None = None) -> None:
 
 def table(values: np.ndarray, rows: Sequence[str], title: str, xlabel: str, ylabel: str, size: str, columns: Sequence[str] = ()) -> None:
     """A matrix of numbers ≥ 0, strong where they are large; `size` says what the numbers are."""
-    (drawn,) = axes(7.5, 0.9 + 0.28 * len(rows), title)
+    (drawn,) = axes(6.4, 1.1 + 0.28 * len(rows), title)
     image = cells(drawn, values, SHADES, 0, float(values.max()))
     drawn.figure.colorbar(image, ax=drawn, label=size)
     drawn.set_yticks(range(len(rows)), rows)
-    drawn.set_xticks(range(values.shape[1]), columns or [str(column) for column in range(values.shape[1])])
+    drawn.set_xticks(range(values.shape[1]), columns or [str(column) for column in range(values.shape[1])], fontsize=10)
     drawn.set_xlabel(xlabel)
     drawn.set_ylabel(ylabel)
 
 
 def moves(token_N: np.ndarray, expert_N: np.ndarray, titles: Sequence[str], orders: Sequence[np.ndarray]) -> None:
     """Which token each row is a copy of, before and after sorting; a colour and a mark for each expert."""
-    for drawn, order_N in zip(axes(8, 3.2, *titles), orders, strict=True):
+    for drawn, order_N in zip(axes(6.4, 3.6, *titles), orders, strict=True):
         for expert in np.unique(expert_N):
             own = np.flatnonzero(expert_N[order_N] == expert)
             mark = "osD^vP*X"[expert % 8]
@@ -176,7 +190,7 @@ def moves(token_N: np.ndarray, expert_N: np.ndarray, titles: Sequence[str], orde
 
 def tiles(spans: Sequence[tuple[int, int, int]], height: int, experts: int) -> None:
     """The tiles along the rows, as (expert, first row, end of the expert): filled where a row is the expert's, hatched where not."""
-    (drawn,) = axes(7.5, 0.9 + 0.3 * experts, f"tiles of {height} rows: filled is computed and stored, hatched is masked")
+    (drawn,) = axes(6, 1.4 + 0.3 * experts, f"tiles of {height} rows: filled is computed and stored, hatched is masked")
     for expert, first, end in spans:
         used = min(first + height, end) - first
         drawn.barh(expert, used, left=first, color=COLOURS[0], edgecolor=INK)

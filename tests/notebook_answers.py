@@ -66,6 +66,16 @@ def each_choice_by_itself(expert_TK: np.ndarray, experts: int, capacity: int) ->
     return second_choices_from_zero(expert_TK, capacity)
 
 
+def drops_the_whole_token(expert_TK: np.ndarray, experts: int, capacity: int) -> np.ndarray:
+    keep_TK, accepted = np.ones(expert_TK.shape, bool), [0] * experts
+    for slot, token in np.ndindex(expert_TK.T.shape):
+        if accepted[expert_TK[token, slot]] == capacity:
+            keep_TK[token] = False
+        else:
+            accepted[expert_TK[token, slot]] += 1
+    return keep_TK
+
+
 def weighed_by_biased_scores(scores_TE: np.ndarray, bias_E: np.ndarray, count: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
     biased_TE = scores_TE + bias_E
     expert_TK = np.argsort(-biased_TE, axis=1, kind="stable")[:, :count]
@@ -83,6 +93,12 @@ def reversed_sort(scores_TE: np.ndarray, bias_E: np.ndarray, count: int, scale: 
     expert_TK = unstable_top_k(scores_TE + bias_E, count)
     chosen_TK = np.take_along_axis(scores_TE, expert_TK, axis=1)
     return expert_TK, scale * chosen_TK / chosen_TK.sum(1, keepdims=True)
+
+
+def divides_by_the_sum_of_all(scores_TE: np.ndarray, bias_E: np.ndarray, count: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    expert_TK, _ = of_source("02", "SOLUTION")(scores_TE, bias_E, count, scale)
+    chosen_TK = np.take_along_axis(scores_TE, expert_TK, axis=1)
+    return expert_TK, scale * chosen_TK / scores_TE.sum(1, keepdims=True)
 
 
 def softmax_of_the_chosen(scores_TE: np.ndarray, bias_E: np.ndarray, count: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -118,6 +134,10 @@ def forgets_to_divide(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np
     return scores_TE * (dscores_TE - (dscores_TE * scores_TE).sum(1, keepdims=True))
 
 
+def forgets_to_divide_by_the_total(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np.ndarray) -> np.ndarray:
+    return of_source("03", "SOLUTION", (".sum(1, keepdims=True)) / total", ".sum(1, keepdims=True))"))(dgate_TK, logits_TE, expert_TK)
+
+
 def stops_at_the_scores(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np.ndarray) -> np.ndarray:
     return dscores_of(dgate_TK, softmax_of(logits_TE), expert_TK)
 
@@ -145,6 +165,11 @@ def mean_of_the_chosen(scores_TE: np.ndarray, expert_TK: np.ndarray) -> tuple[fl
 
 def softmax_once_more(scores_TE: np.ndarray, expert_TK: np.ndarray) -> tuple[float, np.ndarray]:
     return balance_of(np.bincount(expert_TK.ravel(), minlength=scores_TE.shape[1]) / expert_TK.size, softmax_of(scores_TE))
+
+
+def means_for_counts(scores_TE: np.ndarray, expert_TK: np.ndarray) -> tuple[float, np.ndarray]:
+    mean_E = scores_TE.mean(0)
+    return len(mean_E) * (mean_E @ mean_E), np.tile(2 * len(mean_E) * mean_E / len(scores_TE), (len(scores_TE), 1))
 
 
 def only_the_first_choice(scores_TE: np.ndarray, expert_TK: np.ndarray) -> tuple[float, np.ndarray]:
@@ -195,6 +220,10 @@ def in_bfloat16(bias_E: np.ndarray, load_RE: np.ndarray, rate: float) -> np.ndar
     return round_to(bias_E + rate * np.sign(load_E.mean() - load_E), "bfloat16")
 
 
+def mean_of_one_rank(bias_E: np.ndarray, load_RE: np.ndarray, rate: float) -> np.ndarray:
+    return bias_E + rate * np.sign(load_RE.mean() - load_RE.sum(0))
+
+
 def up_or_down(bias_E: np.ndarray, load_RE: np.ndarray, rate: float) -> np.ndarray:
     load_E = load_RE.sum(0)
     return np.where(load_E < load_E.mean(), bias_E + rate, bias_E - rate)
@@ -231,6 +260,13 @@ def rows_made_even(expert_TK: np.ndarray, label_T: np.ndarray) -> float:
     return bits_of(joint_VE / joint_VE.sum(1, keepdims=True) / len(joint_VE))
 
 
+def each_label_with_weight_one(expert_TK: np.ndarray, label_T: np.ndarray) -> float:
+    joint_VE = joint_of(expert_TK, label_T)
+    by_label_VE = joint_VE / joint_VE.sum(1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nansum(by_label_VE * np.log2(by_label_VE / joint_VE.sum(0)))
+
+
 def sorts_everything(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> tuple[np.ndarray, ...]:
     order_N = np.argsort(expert_TK.ravel(), kind="stable")
     count_E = np.bincount(expert_TK.ravel(), minlength=experts)
@@ -251,6 +287,12 @@ def slots_first(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> tup
 def without_the_zero(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> tuple[np.ndarray, ...]:
     token_N, slot_N, bounds_P = rows_of(*np.nonzero(keep_TK), expert_TK, experts)
     return token_N, slot_N, bounds_P[1:]
+
+
+def forgets_idle_experts(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> tuple[np.ndarray, ...]:
+    token_N, slot_N, _ = rows_of(*np.nonzero(keep_TK), expert_TK, experts)
+    _, counts = np.unique(expert_TK[keep_TK], return_counts=True)
+    return token_N, slot_N, np.concatenate([[0], np.cumsum(counts)])
 
 
 def unstable_rows(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> tuple[np.ndarray, ...]:
@@ -274,6 +316,10 @@ def always_the_first_expert(*given: np.ndarray) -> np.ndarray:
     return of_source("09", "SOLUTION", ("(expert * D + depth[:, None])", "depth[:, None]"))(*given)
 
 
+def no_column_mask_in_the_store(*given: np.ndarray) -> np.ndarray:
+    return of_source("09", "SOLUTION", ("mask=row_inside[:, None] & column_inside[None, :])", "mask=row_inside[:, None])"))(*given)
+
+
 def no_depth_mask(*given: np.ndarray) -> np.ndarray:
     masks = (" & (depth < D)[None, :]", ""), ("(depth < D)[:, None] & ", "")
     return of_source("09", "SOLUTION", *masks)(*given)
@@ -283,17 +329,21 @@ WRONG = [
     ("keep", token_after_token, "first choices come first"),
     ("keep", one_too_many, "one assignment too many"),
     ("keep", each_choice_by_itself, "starts again at 0"),
+    ("keep", drops_the_whole_token, "refused once loses its other choices"),
     ("gates", weighed_by_biased_scores, "made of the biased scores"),
     ("gates", scaled_before_the_sum, "scale has no effect"),
     ("gates", reversed_sort, "Ties go to the highest id"),
+    ("gates", divides_by_the_sum_of_all, "The sum runs over all experts"),
     ("gates", softmax_of_the_chosen, "takes the place of the division"),
     ("router_backward", forgets_to_divide, "Step 1 is missing"),
+    ("router_backward", forgets_to_divide_by_the_total, "divided by S"),
     ("router_backward", sum_is_a_constant, "taken for a constant"),
     ("router_backward", stops_at_the_scores, "back through the softmax"),
     ("router_backward", diagonal_only, "only the diagonal"),
     ("balance", counted_per_token, "not by the assignments"),
     ("balance", mean_of_the_chosen, "only the chosen scores"),
     ("balance", softmax_once_more, "second softmax"),
+    ("balance", means_for_counts, "P takes the place of f"),
     ("balance", only_the_first_choice, "Only the first choices"),
     ("positions", padding_is_masked_afterwards, "masked afterwards"),
     ("positions", each_slot_by_itself, "numbered from 0 again"),
@@ -303,17 +353,21 @@ WRONG = [
     ("bias_step", sign_of_each_rank, "a small rank outvotes"),
     ("bias_step", raises_the_busy, "turned round"),
     ("bias_step", in_bfloat16, "kept in bfloat16"),
+    ("bias_step", mean_of_one_rank, "with the mean of a single rank"),
     ("bias_step", up_or_down, "exactly at the mean"),
     ("information", natural_logarithm, "These are nats"),
     ("information", first_expert_only, "Only the first choice"),
     ("information", zero_times_log_zero, "0 · log 0"),
+    ("information", each_label_with_weight_one, "with weight 1 each"),
     ("information", rows_made_even, "equally frequent"),
     ("sort_rows", sorts_everything, "Only what is kept"),
     ("sort_rows", slots_first, "first choices come before second ones"),
     ("sort_rows", without_the_zero, "the first one is 0"),
+    ("sort_rows", forgets_idle_experts, "nobody chose has bounds, too"),
     ("sort_rows", unstable_rows, "in reverse"),
     ("grouped_product", no_row_mask, "past the end of its expert"),
     ("grouped_product", no_row_mask_in_the_store, "past the end of its expert"),
+    ("grouped_product", no_column_mask_in_the_store, "past the last column"),
     ("grouped_product", forgets_the_total, "Only the last step"),
     ("grouped_product", always_the_first_expert, "matrix of expert 0"),
     ("grouped_product", no_depth_mask, "past the end of the rows"),

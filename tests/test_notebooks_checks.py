@@ -147,3 +147,10 @@ def test_palest_cell_is_seen_on_black_and_on_white() -> None:
         mixed = palest[3] * palest[:3] + (1 - palest[3]) * page
         lighter, darker = sorted((luminance(mixed), luminance(page)), reverse=True)
         assert (lighter + 0.05) / (darker + 0.05) > 1.35
+
+
+def test_rows_too_long_for_a_line_stand_below_one_another() -> None:
+    pair = differs.Pair(np.full((2, 10), 1.25), np.full((2, 10), -12.125), np.ones((2, 10), bool))
+    lines = [line for place in differs.places(("row", "column"), pair) for line in place.splitlines()]
+    assert len(lines) == 4 and max(map(len, lines)) <= differs.WIDEST
+    assert lines[1].index("[") == lines[0].index("[")

@@ -78,18 +78,19 @@ def test_every_picture_and_notebook_is_written(tmp_path, pages: dict[str, str]) 
 
 
 def test_index_names_two_ideas_of_each_notebook(pages: dict[str, str]) -> None:
-    lines = re.findall(r"^- \[\d\d · .+\]\((\d\d)_\w+\.md\): (.+); (.+)$", pages["notebooks/index.md"], re.MULTILINE)
+    lines = re.findall(r"^- \*\*\[\d\d · .+\]\((\d\d)_\w+\.md\)\*\*\n\n    (.+); (.+)$", pages["notebooks/index.md"], re.MULTILINE)
     assert [number for number, _, _ in lines] == list(SOURCES)
 
 
 @pytest.mark.parametrize(
     "link, page",
     [
-        ("[`top_k`](../reference/gating.py#L3)", "[`top_k`][reference.gating.top_k]"),
-        ("[`x`](../optimized/kernels/interpreter.py#L9)", "`x`"),
+        ("[top_k](../reference/gating.py#L3)", "[`top_k`][reference.gating.top_k]"),
+        ("[x](../optimized/kernels/interpreter.py#L9)", "`x`"),
         ("[notebooks/toy.py](../notebooks/toy.py)", "`notebooks/toy.py`"),
         ("[02](02_gating_orders.ipynb)", "[02](02_gating_orders.md)"),
         ("[docs/chapters/gating.md](../docs/chapters/gating.md)", f"[{GATING}](../chapters/gating.md)"),
+        ("[docs/architectures/gshard.md](../docs/architectures/gshard.md)", "[GShard](../architectures/gshard.md)"),
         ("[a](https://example.org/b.py)", "[a](https://example.org/b.py)"),
     ],
 )  # fmt: skip
@@ -101,6 +102,6 @@ def test_link(link: str, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_links_into_the_repository_where_the_site_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SITE_REPOSITORY", "someone/moebius")
     assert (
-        notebook_pages.prose("[`x`](../tests/conftest.py#L9)") == "[`x`](https://github.com/someone/moebius/blob/main/tests/conftest.py#L9)"
+        notebook_pages.prose("[x](../tests/conftest.py#L9)") == "[`x`](https://github.com/someone/moebius/blob/main/tests/conftest.py#L9)"
     )
     assert "colab.research.google.com/github/someone/moebius/blob/main/notebooks/05_" in notebook_pages.heading(SOURCES["05"])

@@ -55,6 +55,11 @@ def _gradient_of_the_mean(scores_TE: np.ndarray, expert_TK: np.ndarray) -> Answe
     return loss, gradient * len(scores_TE)
 
 
+def _without_counts(scores_TE: np.ndarray, expert_TK: np.ndarray) -> Answer:
+    mean_E = scores_TE.mean(0)
+    return len(mean_E) * float((mean_E**2).sum()), np.broadcast_to(2 * len(mean_E) * mean_E / len(scores_TE), scores_TE.shape)
+
+
 def _cases() -> tuple[Case, ...]:
     rng = np.random.default_rng(4)
     scores_TE = rng.dirichlet(np.ones(5), 12)
@@ -76,6 +81,7 @@ EXERCISE = Exercise(
                 "that nobody chose be pulled up?"),
         Mistake(_softmax_twice, "The scores are probabilities already. A second softmax flattens them, and collapse looks cheap."),
         Mistake(_first_choices, "Only the first choices are counted. That is GShard's and Switch's loss; here all K choices count."),
+        Mistake(_without_counts, "P takes the place of f as well. f counts who was chosen, whatever the scores are, and has no gradient."),
         Mistake(_without_experts, "The factor E is missing: even load must cost 1."),
         Mistake(_gradient_of_the_mean, "The loss is right. Its gradient forgets that P is a mean over T tokens: divide by T."),
     ),

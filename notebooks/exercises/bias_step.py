@@ -46,6 +46,8 @@ EXERCISE = Exercise(
         Mistake(_step_of_each_rank, "Each rank takes its own sign, and the signs are added: a small rank outvotes a large one. "
                 "Add the loads first, then take one sign."),
         Mistake(_last_rank_only, "Only the last rank's load was used."),
+        Mistake(lambda bias_E, load_RE, rate: bias_E + rate * np.sign(load_RE.mean() - load_RE.sum(0)),
+                "The sum of all ranks is compared with the mean of a single rank, so nearly everybody seems too busy."),
         Mistake(lambda bias_E, load_RE, rate: proportional_bias_update(bias_E, load_RE.sum(0), rate),
                 "The step is in proportion to the violation. DeepSeek-V3's rule takes only its sign."),
         Mistake(_two_sided, "An expert exactly at the mean must stay where it is: the sign of 0 is 0."),

@@ -34,6 +34,11 @@ def _gates_with_loose_ties(scores_TE: np.ndarray, bias_E: np.ndarray, count: int
     return expert_TK, gates_forward(scores_TE, expert_TK, GatingConfig(top_k=count, normalize="sum", scale=scale))[0]
 
 
+def _gates_divided_by_all(scores_TE: np.ndarray, bias_E: np.ndarray, count: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    expert_TK, gate_TK = _v3_gates(scores_TE, bias_E, count, scale, normalize="none")
+    return expert_TK, gate_TK / scores_TE.sum(1, keepdims=True)
+
+
 def _cases() -> tuple[Case, ...]:
     rng = np.random.default_rng(2)
     scores_TE, bias_E = sigmoid_forward(rng.standard_normal((7, 6)))[0], rng.uniform(-0.4, 0.4, 6)
@@ -55,6 +60,8 @@ EXERCISE = Exercise(
                 "The scale has no effect: on the scores it cancels in the division by their sum. Multiply at the end."),
         Mistake(lambda scores_TE, bias_E, count, scale: _v3_gates(scores_TE, bias_E, count, scale, normalize="none"),
                 "The gates are not divided by their sum."),
+        Mistake(_gates_divided_by_all,
+                "The sum runs over all experts. It is that of the K chosen scores, so that the gates sum to the scale."),
         Mistake(lambda scores_TE, bias_E, count, scale: _v3_gates(scores_TE, np.zeros_like(bias_E), count, scale),
                 "The bias has no effect. Choose by scores + bias."),
         Mistake(_gates_with_loose_ties,

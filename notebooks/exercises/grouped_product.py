@@ -87,6 +87,13 @@ def _store_unmasked(rows_ND: np.ndarray, weight_EDF: np.ndarray, bounds_P: np.nd
     return out_NF
 
 
+def _columns_unmasked(rows_ND: np.ndarray, weight_EDF: np.ndarray, bounds_P: np.ndarray) -> np.ndarray:
+    """What runs past the last row of an expert meets the next one's first row, which an earlier program has stored."""
+    out_NF = _product(rows_ND, weight_EDF, bounds_P)
+    out_NF[bounds_P[1:-1][bounds_P[1:-1] < len(out_NF)], : -out_NF.shape[1] % COLUMNS] = 0
+    return out_NF
+
+
 def _last_step_only(rows_ND: np.ndarray, weight_EDF: np.ndarray, bounds_P: np.ndarray) -> np.ndarray:
     last = (rows_ND.shape[1] - 1) // DEPTH * DEPTH
     return _product(rows_ND[:, last:], weight_EDF[:, last:], bounds_P)
@@ -117,6 +124,7 @@ EXERCISE = Exercise(
     (
         Mistake(_rows_unmasked, PAST_THE_END),
         Mistake(_store_unmasked, PAST_THE_END),
+        Mistake(_columns_unmasked, "A tile writes past the last column, into the next row of OUT. Mask the store by the columns as well."),
         Mistake(_last_step_only, "Only the last step along the depth is left. Hand the accumulator to tl.dot, or add to it."),
         Mistake(_first_step_only, "Only the first step along the depth was taken: the pointers, or the depth that they are made of, must "
                 "move on by DEPTH in every step."),

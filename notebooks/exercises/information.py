@@ -43,6 +43,13 @@ def _every_label_alike(expert_TK: np.ndarray, label_T: np.ndarray) -> float:
     return float((joint_VE[seen_VE] * np.log2(joint_VE[seen_VE] / independent_VE[seen_VE])).sum())
 
 
+def _labels_added_up(expert_TK: np.ndarray, label_T: np.ndarray) -> float:
+    joint_VE = _joint(expert_TK, label_T)
+    label_V1, seen_VE = joint_VE.sum(1, keepdims=True), joint_VE > 0
+    ratio_VE = joint_VE / (label_V1 * joint_VE.sum(0))
+    return float(((joint_VE / label_V1)[seen_VE] * np.log2(ratio_VE[seen_VE])).sum())
+
+
 def _cases() -> tuple[Case, ...]:
     rng = np.random.default_rng(7)
     label_T = np.repeat([0, 1, 2], [20, 8, 4])
@@ -63,6 +70,7 @@ EXERCISE = Exercise(
         Mistake(_empty_cells_are_nan, "A cell that never occurs contributes nothing, but 0 · log 0 is NaN for NumPy. Sum over the others."),
         Mistake(_entropy_of_the_pair, "This is the entropy of the pair. Divide by what the share would be if expert and label were "
                 "independent, p(v) · p(e), inside the logarithm."),
+        Mistake(_labels_added_up, "The labels are added up with weight 1 each: in front of the logarithm stands p(v, e), not p(e | v)."),
         Mistake(_every_label_alike, "The rows were normalised first, as if all labels were equally frequent. p(v, e) is a share of all "
                 "assignments."),
     ),

@@ -18,6 +18,11 @@ def _kept(queue: Callable, expert_TK: np.ndarray, capacity: int) -> np.ndarray:
     return keep_within_capacity(expert_TK, np.ones(expert_TK.shape, bool), np.array([capacity]), order_N, token_info(len(expert_TK)))
 
 
+def _whole_tokens(expert_TK: np.ndarray, experts: int, capacity: int) -> np.ndarray:
+    keep_TK = _kept(choice_major, expert_TK, capacity)
+    return keep_TK & keep_TK.all(1, keepdims=True)
+
+
 def _cases() -> tuple[Case, ...]:
     rng = np.random.default_rng(1)
     crowd_TK = np.stack([rng.permutation(5)[:3] for _ in range(12)])
@@ -41,6 +46,8 @@ EXERCISE = Exercise(
                 "Each expert accepts one assignment too few: its last slot stays free."),
         Mistake(lambda expert_TK, experts, capacity: second_choices_from_zero(expert_TK, capacity),
                 "The count starts again at 0 for the second choices. An expert has C slots for all of its assignments together."),
+        Mistake(_whole_tokens,
+                "A token that is refused once loses its other choices, too. What is kept or dropped is an assignment, not a token."),
     ),
     chapter="docs/chapters/capacity.md#the-order-of-the-queue",
 )  # fmt: skip

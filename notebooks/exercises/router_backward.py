@@ -24,6 +24,11 @@ def _sum_held_fixed(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np.n
     return softmax_backward(gates_backward(dgate_TK / total, gates), softmax)
 
 
+def _sum_forgotten(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np.ndarray) -> np.ndarray:
+    total = np.take_along_axis(softmax_forward(logits_TE)[0], expert_TK, axis=1).sum(1, keepdims=True)
+    return _router_backward(dgate_TK * total, logits_TE, expert_TK)
+
+
 def _without_division(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np.ndarray) -> np.ndarray:
     scores_TE, softmax = softmax_forward(logits_TE)
     _, gates = gates_forward(scores_TE, expert_TK, GatingConfig(top_k=expert_TK.shape[1]))
@@ -64,6 +69,8 @@ EXERCISE = Exercise(
     (
         Mistake(_sum_held_fixed,
                 "The sum of the chosen scores is taken for a constant. It depends on each of them: hence the term − Σ_j dg_j g_j."),
+        Mistake(_sum_forgotten, "The end of step 1 is missing: dg_k − Σ_j dg_j g_j is divided by S, the sum of the chosen scores, as each "
+                "of these scores was on the way forwards."),
         Mistake(_without_division, "Step 1 is missing: this is the gradient of gates that nobody divided by their sum. Then experts that "
                 "were not chosen get a gradient, too; after the division their logits cancel."),
         Mistake(_without_softmax, "This is the gradient of the scores. One step is missing: back through the softmax, to the logits."),

@@ -42,6 +42,11 @@ def _counts(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> Order:
     return token_N, slot_N, np.diff(bounds_P)
 
 
+def _without_idle_experts(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> Order:
+    token_N, slot_N, bounds_P = _order(expert_TK, keep_TK, experts)
+    return token_N, slot_N, np.concatenate([bounds_P[:1], bounds_P[1:][np.diff(bounds_P) > 0]])
+
+
 def _divided_by_experts(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> Order:
     token_N, slot_N, bounds_P = _order(expert_TK, keep_TK, experts)
     assignment_N = token_N * expert_TK.shape[1] + slot_N
@@ -68,6 +73,8 @@ EXERCISE = Exercise(
                 "assignments token by token before sorting."),
         Mistake(_ends_only, "The bounds are the ends of the experts alone. There are E + 1 of them: the first one is 0."),
         Mistake(_counts, "These are the numbers of rows. Bounds are their running sum, with a 0 in front."),
+        Mistake(_without_idle_experts,
+                "An expert that nobody chose has bounds, too: it begins and ends at the same row. Count with minlength=experts."),
         Mistake(_divided_by_experts, "Assignment t · K + k belongs to token t: divide by K, the choices of a token, not by E."),
     ),
     chapter="docs/chapters/dispatch.md#by-hand",
