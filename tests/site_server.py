@@ -41,7 +41,7 @@ def build(folder: Path, port: int) -> Path:
     run = functools.partial(subprocess.run, cwd=REPOSITORY, check=False, capture_output=True, text=True)
     pages, site = folder / "docs", folder / "www" / PREFIX
     place = {"SITE_DOCS": str(pages), "SITE_DIR": str(site), "SITE_URL": f"http://127.0.0.1:{port}/{PREFIX}/", "NO_MKDOCS_2_WARNING": "1"}
-    steps = ["docs/tools/build.py", "--target", str(pages)], ["-m", "mkdocs", "build", "--strict"], ["docs/tools/formulas.py", str(site)]
+    steps = ["docs/tools/build.py", "--target", str(pages)], ["-m", "mkdocs", "build", "--strict"], ["docs/tools/finish.py", str(site)]
     for command in steps:
         done = run([sys.executable, *command], env=os.environ | place)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

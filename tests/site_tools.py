@@ -10,14 +10,26 @@ sys.path.insert(0, str(REPOSITORY / "docs/tools"))
 
 # isort: off
 import build
+import components
+import docstrings
+import equations
 import figures
+import finish
+import generated
+import kernels
 import layout
 import measured
+import native
+import notebook_pages
 import plots
 import pictures
 import readme
 import render
+import routed
 import sources
 import tables
 
-__all__ = ["build", "figures", "layout", "measured", "pictures", "plots", "readme", "render", "sources", "tables"]
+__all__ = [
+    "build", "components", "docstrings", "equations", "figures", "finish", "generated", "kernels", "layout", "measured", "native",
+    "notebook_pages", "pictures", "plots", "readme", "render", "routed", "sources", "tables",
+]  # fmt: skip

@@ -43,6 +43,7 @@ def test_the_wrong_function_is_caught(bug):
     with pytest.raises(AssertionError) as caught:
         bug.check(bug.wrong)
     assert re.search(r"\d|True|nan", str(caught.value)), "the message shows no measured value"
+    assert not re.search(r"\.\d{7}", str(caught.value)), "the message shows digits that mean nothing"
     assert bug.symptom() == str(caught.value)
 
 

@@ -18,6 +18,7 @@ from tracer import SUFFIX, broken_shapes, traced
 from reference import moe_backward, moe_forward
 from reference.dispatch import one_hot_combine, one_hot_dispatch, one_hot_slots
 from reference.notation import EQUATIONS, LETTERS, PAPERS, ROSETTA
+from reference.symbols import LOCAL, SYMBOLS, explained
 
 NUMPY_FILES = sorted((REPOSITORY / "reference").glob("*.py"))
 EQUATION_ID = re.compile(r"(?<!\w)\(([a-z][a-z0-9]*(?:-[a-z0-9]+)+)\)(?=[:.;,])|(?<!\w)\(([a-z][a-z0-9-]*)\):")
@@ -70,6 +71,21 @@ def balanced(latex: str) -> bool:
 
 def test_balanced_rejects_broken_latex() -> None:
     assert not any(balanced(latex) for latex in (r"\frac{a}{b", r"}x{", r"\left\lceil x", r"\begin{cases} a"))
+
+
+@pytest.mark.parametrize("key", EQUATIONS)
+def test_symbols_of_every_equation_are_explained(key: str) -> None:
+    told = explained(key)
+    assert told and all(balanced(symbol) and meaning for symbol, meaning in told.items())
+    latex = re.sub(r"\s", "", EQUATIONS[key].latex)
+    for symbol in filter(told.get, LOCAL.get(key, {})):
+        first = re.split(r"[,\s_({]", symbol)[0]  # "a, u" and "g(e)" stand apart in the equation
+        assert re.sub(r"\s", "", first) in latex, f"{symbol} is not in {key}"
+
+
+def test_every_common_symbol_is_in_an_equation() -> None:
+    assert LOCAL.keys() <= EQUATIONS.keys()
+    assert set(SYMBOLS) <= {symbol for key in EQUATIONS for symbol in explained(key)}
 
 
 def test_rosetta_names_known_papers() -> None:

@@ -128,6 +128,29 @@ def test_every_page(site, browser, width, scheme):
     assert not bad, "\n".join(bad)
 
 
+def test_a_picture_stays_where_it_is_when_the_next_one_arrives(site, browser):
+    address, folder = site
+    stayed = """() => {
+      const places = (plots) => JSON.stringify([...plots.children].map((picture) => picture.getBoundingClientRect()))
+      return [...document.querySelectorAll(".moe-plots")].flatMap((plots) => {
+        const after = []
+        while (plots.children.length > 1) {
+          const before = JSON.stringify(JSON.parse(places(plots)).slice(0, -1))
+          plots.lastElementChild.remove()
+          after.push(before === places(plots))
+        }
+        return after
+      })
+    }"""
+    held: list[bool] = []
+    for width in WIDTHS:
+        with Visit(browser, address, viewport={"width": width, "height": 900}) as visit:
+            for path in paths(folder):
+                if "moe-plots" in (folder / path / "index.html").read_text(encoding="utf-8"):
+                    held += visit.open(path).evaluate(stayed)
+    assert len(held) > 10 and all(held)
+
+
 def test_weight_and_requests(site, browser):
     address, folder = site
     bad = []
@@ -204,7 +227,10 @@ MOVES: dict[str, tuple[str, str, int, dict[str, Any], Told]] = {
         "pull",
         4,
         {"pull": 4},
-        lambda case: f"Sort: {len(case['token'])} rows, {case['integers']} integers. Einsum: {4 * case['capacity']} rows, ",
+        lambda case: (
+            f"Sort: {len(case['token'])} rows, {case['integers']} integers. "
+            f"Einsum: {4 * case['capacity']} rows, {case['padding']} of them padding, {case['entries']} entries."
+        ),
     ),
     "crossings": (
         "chapters/expert-parallelism/",
@@ -212,6 +238,13 @@ MOVES: dict[str, tuple[str, str, int, dict[str, Any], Told]] = {
         2,
         {"topK": 4},
         lambda case: f"the dispatch would send {case['apart']:,} bytes, not {case['dispatch'].sum():,}.",
+    ),
+    "ladder": (
+        "chapters/ladder/",
+        "rung",
+        1,
+        {"rung": 3},
+        lambda case: f"launches rise from {case['before'][0]} to {case['now'][0]}; 10⁶ FLOPs fall from {case['before'][1] / 1e6:.1f} ",
     ),
 }
 STARTS = {
@@ -228,6 +261,7 @@ STARTS = {
     "gradients": {"word": 1, "topK": 2, "router": "sum", "dgate": [-1.0, 0.0]},
     "dispatch": {"step": 3, "view": "sort", "word": -1, "pull": 0, "factor": 1},
     "crossings": {"ranks": 2, "topK": 2, "way": "dispatch", "dModel": 4, "itemsize": 4},
+    "ladder": {"rung": 2, "part": "forward", "experts": 16, "load": "skewed"},
 }
 
 
@@ -292,6 +326,42 @@ def test_rows_are_followed_to_their_experts_and_back(site, browser):
         assert page.locator("#figure-dispatch rect").count() == len(found["token"]) and not visit.troubles
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_dropped_word_is_followed(site, browser, rows):
+    """Of the chapter on dispatch: with half a capacity a word for whom neither expert has room, and one for whom a single one has."""
+    make_data, _, case = figures.FIGURES["dispatch"]
+    data = make_data()
+    found = case({"pull": 4, "factor": 0.5}, data)
+    served = [found["token"].tolist().count(t) for t in range(len(data["words"]))]
+    word = served.index(rows)
+    with Visit(browser, site[0], viewport={"width": 390, "height": 900}) as visit:
+        page = visit.open(f"chapters/dispatch/#figure-dispatch?pull=4&factor=0.5&word={word}")
+        status = page.inner_text("#figure-dispatch .moe-status")
+        assert (f"“{data['words'][word]}” has no row, so it gets 0." in status) == (rows == 0)
+        assert status.count(f"“{data['words'][word]}” for ") == 2 - rows  # told as dropped
+        assert page.locator("#figure-dispatch .moe-lost").count() == len(found["dropped"])
+        assert page.locator("#figure-dispatch line").count() == 2 * len(found["token"])
+        assert page.locator("#figure-dispatch line:not(.moe-dim)").count() == 2 * rows and not visit.troubles
+
+
+def test_climbing_reveals_a_rung_at_a_time(site, browser):
+    """The ladder from its foot to its top: what is not climbed yet stays a question, and the same load is never padded twice."""
+    make_data, _, case = figures.FIGURES["ladder"]
+    rungs = make_data()["rungs"]
+    with Visit(browser, site[0], viewport={"width": 390, "height": 900}) as visit:
+        page = visit.open("chapters/ladder/#figure-ladder?rung=1&load=one_takes_all")
+        page.focus("#figure-ladder-rung")
+        for number, told in enumerate(rungs, 1):
+            page.wait_for_timeout(SETTLED)
+            status = page.inner_text("#figure-ladder .moe-status")
+            found = case({"rung": number, "part": "forward", "experts": 16, "load": "one_takes_all"}, {})
+            assert f"Rung {number} of {len(rungs)}, {told['name']}, saves {told['saves']}." in status
+            assert (f"{found['padding']} rows of zeros" in status) == (found["padding"] > 0)
+            assert page.locator("#figure-ladder .moe-card text", has_text="?").count() == 4 * (len(rungs) - number)
+            page.keyboard.press("ArrowRight")
+        assert not visit.troubles
+
+
 def test_address_restores_a_figure(site, browser):
     with Visit(browser, site[0], viewport={"width": 1280, "height": 900}) as visit:
         page = visit.open("#figure-route?topK=3&factor=0.5")
@@ -305,6 +375,56 @@ def test_figure_is_touched(site, browser):
         page.tap("#figure-route [data-set='word=7']")
         page.wait_for_timeout(SETTLED)
         assert "“purred” goes to" in page.inner_text("#figure-route .moe-status")
+
+
+# Slider of a figure, at which end a finger touches it, what that changes, what the status must then say of Python's result.
+TOUCHED: dict[str, tuple[str, float, dict[str, Any], Told]] = {
+    "gradients": ("topK", 0, {"topK": 1}, lambda case: f"K = 1: thing with gate {shown(case['gate'][0])}. Every logit gets 0"),
+    "dispatch": ("step", 0, {}, lambda case: f"{len(case['token'])} kept assignments, token by token."),
+    "crossings": ("topK", 1, {"topK": 4}, MOVES["crossings"][4]),
+    "ladder": ("rung", 1, {"rung": 6}, lambda case: f"backward fall from {case['before'][3] / 1e6:.2f} to {case['now'][3] / 1e6:.2f}."),
+}
+
+
+@pytest.mark.parametrize("name", TOUCHED)
+def test_slider_is_set_by_a_finger(site, browser, name):
+    key, share, change, told = TOUCHED[name]
+    make_data, _, case = figures.FIGURES[name]
+    with Visit(browser, site[0], viewport={"width": 390, "height": 900}, has_touch=True, is_mobile=True) as visit:
+        page = visit.open(MOVES[name][0])
+        slider, status = page.locator(f"#figure-{name}-{key}"), page.locator(f"#figure-{name} .moe-status")
+        opened, size = status.inner_text(), slider.bounding_box()
+        assert size["height"] >= 24, "WCAG 2.2, 2.5.8: a target is at least as high as this"
+        slider.tap(position={"x": 4 + share * (size["width"] - 8), "y": size["height"] / 2})
+        page.wait_for_timeout(SETTLED)
+        assert told(case(STARTS[name] | change, make_data())) in status.inner_text()
+        assert "?" in page.evaluate("location.hash")
+        page.tap(f"#figure-{name} .moe-reset")
+        page.wait_for_timeout(SETTLED)
+        assert status.inner_text() == opened and page.evaluate("location.hash") == "" and not visit.troubles
+
+
+def test_step_is_chosen_by_its_name(site, browser):
+    """The picture is drawn anew, and the button that was pressed keeps the focus."""
+    with Visit(browser, site[0], viewport={"width": 390, "height": 900}) as visit:
+        page = visit.open("chapters/layer/")
+        page.focus("#figure-layer [data-set='step=4']")
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(SETTLED)
+        assert "step 5, places" in page.inner_text("#figure-layer .moe-status") and page.input_value("#figure-layer-step") == "4"
+        assert page.evaluate("document.activeElement.dataset.set") == "step=4" and not visit.troubles
+
+
+def test_select_shows_its_longest_option(site, browser):
+    """On a phone, where a column is narrow: the text of an option is no wider than what padding and arrow leave for it."""
+    measure = """() => [...document.querySelectorAll('moe-figure select')].map((one) => {
+      const probe = document.createElement('canvas').getContext('2d'), style = getComputedStyle(one);
+      probe.font = `${style.fontSize} ${style.fontFamily}`;
+      const longest = Math.max(...[...one.options].map((option) => probe.measureText(option.label).width));
+      return [one.id, one.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight) - 18 - longest]; })"""
+    with Visit(browser, site[0], viewport={"width": 390, "height": 900}) as visit:
+        rooms = [room for path, *_ in MOVES.values() for room in visit.open(path).evaluate(measure)]
+    assert rooms and not [room for room in rooms if room[1] < 0]
 
 
 def test_instant_navigation_wakes_figures_and_formulas(site, browser):
@@ -336,7 +456,7 @@ SIGNS = f"""() => [...document.querySelectorAll('{SCROLLERS}')].filter((one) => 
 def test_what_is_cut_on_a_phone_shows_it_and_what_fits_does_not(site, browser):
     address, folder = site
     bad, seen = [], {True: 0, False: 0}
-    with Visit(browser, address, viewport={"width": 390, "height": 900}) as visit:
+    with Visit(browser, address, viewport={"width": 390, "height": 900}, has_touch=True, is_mobile=True) as visit:
         for path in paths(folder):
             page = visit.open(path)
             page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
@@ -349,31 +469,49 @@ def test_what_is_cut_on_a_phone_shows_it_and_what_fits_does_not(site, browser):
     assert all(seen.values()), seen
 
 
+@pytest.mark.parametrize("path", ["kernels/", "status/", "benchmarks/", "reference/notation/"])
+def test_tables_of_the_project_fit_a_desktop(site, browser, path):
+    """Whatever tab is open; equal tabs open together, so the largest number of tabs is how many views there are."""
+    with Visit(browser, site[0], viewport={"width": 1280, "height": 900}) as visit:
+        page = visit.open(path)
+        sets = "[...document.querySelectorAll('.tabbed-set')].map((one) => one.querySelectorAll(':scope > input'))"
+        for place in range(page.evaluate(f"Math.max(1, ...{sets}.map((tabs) => tabs.length))")):
+            page.evaluate(f"(place) => {sets}.forEach((tabs) => tabs[place]?.click())", place)
+            page.wait_for_timeout(100)
+            cut = "[...document.querySelectorAll('.md-typeset__scrollwrap')].filter((one) => one.scrollWidth > one.clientWidth)"
+            assert page.evaluate(cut + ".map((one) => one.innerText.slice(0, 80))") == []
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(
     ("path", "kind", "text"),
     [
         ("chapters/gating/", "div.arithmatex", "ties"),
         ("chapters/gating/", "pre > code", "def top_k"),
-        ("chapters/why-sparse/", ".md-typeset__scrollwrap", "gshard-600b"),
+        ("chapters/fine-grained/", ".md-typeset__scrollwrap", "gshard-600b"),
     ],
     ids=["formula", "code", "table"],
 )
 def test_shadow_lies_where_there_is_more(site, browser, scheme, path, kind, text):
-    """Of the two edges of a block at its start, in the middle and at its end."""
+    """Of the two edges of a block at its start, in the middle and at its end; left in a table is its first column, which stays."""
     with Visit(browser, site[0], viewport={"width": 390, "height": 900}, color_scheme=scheme) as visit:
         scroller = visit.open(path).locator(kind, has_text=text).first
         scroller.scroll_into_view_if_needed()
+        cells = scroller.locator("tr > :first-child")
+        kept = round(cells.first.bounding_box()["width"]) if cells.count() else 0
         shaded = {}
         for place, share in (("start", 0), ("middle", 0.5), ("end", 1)):
             scroller.evaluate("(one, share) => { one.scrollLeft = share * (one.scrollWidth - one.clientWidth); }", share)
             visit.page.wait_for_timeout(300)
-            shaded[place] = shadows(scroller.screenshot())
+            shaded[place] = shadows(scroller.screenshot(), kept)
         assert shaded == {"start": (False, True), "middle": (True, True), "end": (True, False)}
+        if kept:
+            edges = [place.bounding_box() for place in (scroller, scroller.locator("table"), cells.last)]
+            assert edges[0]["x"] == edges[2]["x"] and edges[0]["y"] + edges[0]["height"] == edges[1]["y"] + edges[1]["height"]
 
 
-def shadows(png: bytes) -> tuple[bool, bool]:
-    """Whether the ground, the commonest colour, is missing along the left and along the right edge."""
+def shadows(png: bytes, left: int) -> tuple[bool, bool]:
+    """Whether the ground, the commonest colour, is missing behind so many pixels from the left and along the right edge."""
     import io
 
     from PIL import Image
@@ -381,9 +519,9 @@ def shadows(png: bytes) -> tuple[bool, bool]:
     image = Image.open(io.BytesIO(png)).convert("RGB")
     width, height = image.size
     ground = max(image.getcolors(width * height))[1]
-    columns = (image.crop((x, 2, x + 1, height - 2)).getcolors(height) for x in (1, width - 2))
-    left, right = (dict((colour, count) for count, colour in column).get(ground, 0) < height / 20 for column in columns)
-    return left, right
+    columns = (image.crop((x, 2, x + 1, height - 2)).getcolors(height) for x in (left + 1, width - 2))
+    behind, right = (dict((colour, count) for count, colour in column).get(ground, 0) < height / 20 for column in columns)
+    return behind, right
 
 
 def test_diagram_is_drawn_from_our_own_origin(site, browser):

@@ -24,3 +24,11 @@ def test_figures_are_drawn_before_scripts_run():
     for name, html in drawn.items():
         assert 'role="status"' in html and f'id="figure-{name}"' in html
     assert "dropped" in drawn["route"]
+
+
+def test_tolerance_that_is_too_tight_rejects_an_honest_answer():
+    """As the chapter on equality says, with the relative tolerance that the figure opens with."""
+    data = figures.lamp_data()
+    for state in ({"logSize": -3, "logAtol": -6}, {"logSize": 1, "logAtol": -2}):
+        found = figures.lamp_case(state | {"rtol": 0.02}, data)["honest"]
+        assert found["policy"] and not found["allclose"]

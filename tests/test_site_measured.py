@@ -16,7 +16,7 @@ from reference.proof import cases
 @pytest.mark.parametrize("name", plots.PLOTS)
 def test_plot_takes_its_colours_from_the_page(name: str) -> None:
     drawn = plots.get(name)
-    assert drawn.count("<svg") == drawn.count("</svg>") >= 2 and "currentColor" in drawn and "var(--moe-0)" in drawn
+    assert drawn.count("<svg") == drawn.count("</svg>") >= 1 and "currentColor" in drawn and "var(--moe-0)" in drawn
     assert not re.search(r"#0102|<style|<metadata|<!--|NaN|\n", drawn)
     ids = re.findall(r' id="([^"]+)"', drawn)
     assert len(ids) == len(set(ids)) and set(re.findall(r"url\(#([^)]+)\)", drawn)) <= set(ids)
@@ -26,8 +26,8 @@ def test_plot_takes_its_colours_from_the_page(name: str) -> None:
 
 def test_numbers_and_spreads() -> None:
     assert layout.digits(-0.004, 2) == "0.00" and layout.digits(-1.5, 1) == "−1.5" and layout.digits(12345.678, 1) == "12,345.7"
-    assert measured.spread([0.1, 0.2, 0.3]) == "0.20 (0.10 … 0.30)" and measured.spread([0.5, 0.5]) == "0.50"
-    assert measured.spread({"mean": -1.0, "low": -2.0, "high": 0.0}, 0) == "−1 (−2 … 0)"
+    told = [measured.spread([0.1, 0.2, 0.3]), measured.spread([0.5, 0.5]), measured.spread({"mean": -1.0, "low": -2.0, "high": 0.0}, 0)]
+    assert told == ["0.20 (0.10\xa0…\xa00.30)", "0.50", "−1 (−2\xa0…\xa00)"]
 
 
 def test_tables_hold_the_committed_numbers() -> None:

@@ -7,7 +7,21 @@ from dataclasses import replace
 
 import pytest
 from conftest import REPOSITORY
-from site_tools import build, figures, layout, pictures, render, sources, tables
+from site_tools import (
+    build,
+    docstrings,
+    equations,
+    figures,
+    finish,
+    kernels,
+    layout,
+    native,
+    notebook_pages,
+    pictures,
+    render,
+    sources,
+    tables,
+)
 
 from reference import notation, presets
 from reference.balancing import LOSSES
@@ -37,14 +51,17 @@ def test_every_page_is_in_the_navigation_and_nothing_else(pages):
 
 
 def test_museum_page_shows_every_piece(pages):
-    assert len(re.findall(r"^### ", pages["reference/museum.md"], re.MULTILINE)) == len(bugs.MUSEUM)
+    told = pages["reference/museum.md"]
+    assert len(re.findall(r"^### ", told, re.MULTILINE)) == len(bugs.MUSEUM)
     for bug in bugs.MUSEUM.values():
-        assert bug.seen in pages["reference/museum.md"]
+        assert f"**{'Shipped' if bug.shipped else 'Near'}**: {bug.place}" in told
+    shipped, near = (told.count(f"<br>**{word}**: ") for word in ("Shipped", "Near"))
+    assert f"{shipped} have shipped and {near} lie near" in told and near == sum("near:" in bug.seen for bug in bugs.MUSEUM.values())
 
 
 def test_every_equation_is_listed_where_links_look_for_it(pages):
     for identifier in notation.EQUATIONS:
-        assert f"#eq-{identifier} }}" in pages[render.equation_home(identifier)]
+        assert f"#eq-{identifier} }}" in pages[equations.equation_home(identifier)]
 
 
 def test_every_story_is_on_its_page(pages):
@@ -77,10 +94,11 @@ def test_pictures_have_words_for_every_row_of_a_table(words, table):
 def test_idea_picture_shows_every_expert_and_those_a_token_meets(name):
     config = presets.get(name)
     drawn = {kind: path.count("M") for kind, path in re.findall(r'<path class="([^"]+)" d="([^"]+)"', pictures.experts_svg(config))}
-    shown = min(config.experts.count, pictures.SHOWN)
-    assert drawn.pop("moe-fill moe-e1", 0) == config.experts.shared
-    assert sum(drawn.values()) == shown
-    assert drawn["moe-fill moe-e0"] == (shown if config.gating.choice == "soft" else min(config.gating.top_k, shown))
+    experts = config.experts
+    assert drawn.pop("moe-fill moe-e1", 0) == experts.shared
+    assert sum(drawn.values()) == experts.count
+    assert drawn["moe-fill moe-e0"] == (experts.count if config.gating.choice == "soft" else min(config.gating.top_k, experts.count))
+    assert drawn.get("moe-slot moe-blank", 0) <= experts.count - experts.networks
 
 
 def test_there_are_forty_questions_and_each_leads_to_an_answer(pages):
@@ -96,8 +114,8 @@ def test_every_figure_stands_on_a_page():
 
 @pytest.mark.parametrize(
     "line",
-    ["{{ source reference.gating.nothing }}", "{{ equation nothing }}", "{{ bug nothing }}", "{{ table nothing }}", "{{ figure nothing }}",
-     "{{ nothing at-all }}", "{{= nothing }}", "```python\n1 / 0\n```"],
+    ["{{ source reference.gating.nothing }}", "{{ c nothing }}", "{{ equation nothing }}", "{{ bug nothing }}", "{{ table nothing }}",
+     "{{ figure nothing }}", "{{ nothing at-all }}", "{{= nothing }}", "```python\n1 / 0\n```"],
 )  # fmt: skip
 def test_what_does_not_exist_is_refused(line):
     with pytest.raises(ValueError, match=r"page\.md"):
@@ -118,6 +136,16 @@ def test_source_is_cut_with_its_decorators_and_without_its_docstring():
         sources.find("reference.nothing.at_all")
 
 
+def test_c_function_is_cut_with_the_comment_before_it():
+    found = native.find("first_row_of")
+    assert found.path == "optimized/native/moe.c" and found.text.startswith("/* The rows of an expert") and found.text.endswith("\n}")
+    assert (native.ROOT / found.path).read_text(encoding="utf-8").splitlines()[found.line - 1] == found.text.splitlines()[0]
+    assert native.constant("PAST_BYTES") == 8 << 20 and native.stripes("neon") == (4, 4)
+    for call in (lambda: native.constant("NOTHING"), lambda: native.stripes("nothing")):
+        with pytest.raises(ValueError, match=r"nothing|NOTHING"):
+            call()
+
+
 def test_links_from_chapters_find_the_museum():
     assert "(../reference/museum.md#softmax-twice)" in render.Page("chapters/losses.md").bug("softmax twice")
     assert "(reference/museum.md#softmax-twice)" in render.Page("index.md").bug("softmax twice")
@@ -130,22 +158,25 @@ def test_table_of_routers_has_every_top_k_model_once_and_follows_its_settings(mo
 
     listed = re.findall(r"`([^`]+)`", tables.get("routers"))
     assert sorted(listed) == sorted(name for name in presets.names() if presets.get(name).gating.choice == "top_k" and name != "dense")
-    assert row("deepseek-v3")[:2] == ["sigmoid", "divided by their sum, × 2.5"] and "`deepseek-r1`" in row("deepseek-v3")[3]
-    assert row("mixtral-8x7b")[:3] == ["the logits", "a softmax over the chosen", ""]
-    assert row("deepseek-v2")[2] == "groups: the best expert counts" != row("deepseek-v3")[2].partition(";")[0]
+    assert (
+        row("deepseek-v3")[0].startswith("**sigmoid** → divided by their sum, ×\N{NO-BREAK SPACE}2.5<span")
+        and "`deepseek-r1`" in row("deepseek-v3")[1]
+    )
+    assert row("mixtral-8x7b")[0] == "**the logits** → a softmax over the chosen"
+    assert "groups: the best expert counts" in row("deepseek-v2")[0] and "groups: the two best" in row("deepseek-v3")[0]
 
     real = presets.get
     other = replace(real("olmoe-1b-7b").gating, normalize="sum", scale=3.0)
     monkeypatch.setattr(presets, "get", lambda name: replace(real(name), gating=other) if name == "olmoe-1b-7b" else real(name))
-    assert row("olmoe-1b-7b") == ["softmax", "divided by their sum, × 3", "", "`olmoe-1b-7b`"]
+    assert row("olmoe-1b-7b") == ["**softmax** → divided by their sum, ×\N{NO-BREAK SPACE}3", "`olmoe-1b-7b`"]
 
 
 def test_table_of_losses_has_every_weight_of_every_preset():
     lines = tables.get("balance-losses").splitlines()
     for name in presets.names():
         for loss, weight in presets.get(name).balance.losses:
-            (line,) = [line for line in lines if line.startswith(f"| `{loss}` |")]
-            (entry,) = [entry for entry in line.split("|")[3].split("<br>") if f"`{name}`" in entry]
+            (line,) = [line for line in lines if line.startswith(f"| `{loss}`<")]
+            (entry,) = [entry for entry in line.split("|")[2].split("<br>") if f"`{name}`" in entry]
             assert float(entry.partition(":")[0]) == weight
 
 
@@ -173,3 +204,98 @@ def test_only_columns_of_numbers_go_to_the_right():
 
 def test_a_table_is_computed():
     assert tables.get("example-assignments").count("dropped") == 1
+
+
+DOCSTRING = """What it is (top-k): g_t = x.
+
+one, two  the first meaning, which
+          goes on
+three     [T, K] | None
+
+Shapes: x [T]. Source: Somebody 2017.
+Not a label: this. Deviates: in nothing.
+
+    code = 1
+"""
+
+
+def test_docstring_becomes_lists():
+    """Fields in two columns and labelled parts would be run together into one paragraph."""
+    told = docstrings.markdown(DOCSTRING)
+    assert "`one`, `two`\n:   the first meaning, which goes on\n" in told and "`three`\n:   `[T,\N{NO-BREAK SPACE}K]` | None\n" in told
+    assert "Shapes\n:   x `[T]`.\n" in told and "Source\n:   Somebody 2017. Not a label: this.\n" in told
+    assert "Deviates\n:   in nothing.\n" in told
+    assert "What it is ([top-k][eq-top-k]): g<sub>t</sub> = x." in told and "    code = 1" in told
+
+
+def test_what_is_said_of_arguments_and_errors_becomes_entries():
+    told = docstrings.markdown(
+        "load [E]: counted; tokens, rate: more. Not of rate alone. Raises ValueError for another.", {"load", "tokens", "rate"}
+    )
+    assert "`load [E]`\n:   counted\n" in told and "`tokens`, `rate`\n:   more.\n" in told and "\n\nNot of rate alone.\n\n" in told
+    assert "Raises\n:   `ValueError` for another.\n" in told
+    assert re.findall(r"^(Raises|Source|Not .*|Last.*)$", docstrings.markdown("Raises ValueError.\n\nLast. Source: x."), re.M) == [
+        "Last.",
+        "Raises",
+        "Source",
+    ]
+    assert docstrings.markdown("A word: of no argument. Raises ValueError. Then more.", {"load"}).startswith(
+        "A word: of no argument. Raises"
+    )
+
+
+@pytest.mark.parametrize(
+    ("plain", "marked"),
+    [
+        ("z_te = Σ_d x_td W_ed + b_e", "z<sub>te</sub> = Σ<sub>d</sub> x<sub>td</sub> W<sub>ed</sub> + b<sub>e</sub>"),
+        ("FFN_{e_tk}(x_t), f'_g, x̂_t'ec", "FFN<sub>e<sub>tk</sub></sub>(x<sub>t</sub>), f'<sub>g</sub>, x̂<sub>t'ec</sub>"),
+        ("θ^(−2i / D), K^T", "θ<sup>−2i / D</sup>, K<sup>T</sup>"),
+        ("x_TD goes by top_k of bounds_P[e + 1]", "`x_TD` goes by `top_k` of `bounds_P[e + 1]`"),
+        ('by config.balance, e.g. "top_k" in [0, 1]', 'by `config.balance`, e.g. `"top_k"` in [0, 1]'),
+        ("`x_t` of CHOICES, GShard and SOFT", "`x_t` of `CHOICES`, GShard and SOFT"),
+    ],
+)
+def test_names_are_code_and_the_indices_of_symbols_low(plain, marked):
+    assert docstrings.mark(plain, {"top_k", "CHOICES"}) == marked
+
+
+def test_a_quoted_word_is_a_value_where_values_are_listed():
+    assert docstrings.mark('"none" | "top_k"') == '"none" | `"top_k"`'
+    assert docstrings.mark('"none" | "two words"', values=True) == '`"none"` | "two words"'
+
+
+def test_equation_is_told_by_the_docstring_of_its_function(pages):
+    text = pages["reference/equations/gating.md"]
+    assert "Gates that sum to 1: [`reference.gating.sum_normalizer_forward`][reference.gating.sum_normalizer_forward]. Lepikhin" in text
+
+
+def test_notebook_page_names_pages_by_their_titles_and_folds_hints():
+    assert notebook_pages.prose("[docs/architectures/gshard.md](../docs/architectures/gshard.md)") == "[GShard](../architectures/gshard.md)"
+    assert '??? tip "Hint 1"\n\n    Count.' in notebook_pages.prose("<details><summary>Hint 1</summary>Count.</details>")
+
+
+def test_tables_of_kernels_are_divided_by_target():
+    told = tables.get("figures weight_gradient_kernel")
+    assert re.findall(r'=== "(\w+)"', told) == ["sm80", "sm90", "sm100", "gfx942"] and "async copies" not in told.partition('"gfx942"')[2]
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_row_of_the_grid_holds_the_grid_only(kernel):
+    (grid,) = re.findall(r"^grid\n:   (.+)$", tables.get(f"contract {kernel}"), re.MULTILINE)
+    assert grid.startswith("(") and ". " not in grid and len(grid) < 90
+
+
+def test_what_stands_right_at_a_formula_stays_with_it():
+    formula = r'<span class="arithmatex">\(x\)</span>'
+    for text in (f"{formula}, y", f"({formula}) y", f"{formula}-th", f"{formula}&rsquo;s y"):
+        kept, rest = re.fullmatch(r'<span class="moe-joined">(.*</span>[^ ]*)</span>(.*)', finish.joined(text)).groups()
+        assert kept + rest == text and rest in ("", " y")
+    assert finish.joined(f"a {formula} b") == f"a {formula} b"
+
+
+def test_only_long_names_are_divided_and_behind_dots_and_underscores():
+    assert finish.breakable("<code>a_module.of_some_length.a_function(x_TD)</code>") == (
+        "<code>a_<wbr>module.<wbr>of_<wbr>some_<wbr>length.<wbr>a_<wbr>function(x_TD)</code>"
+    )
+    for text in ("<code>a_module.a_function</code>", f"<code>{30 * '_'}</code>", "<code>a long piece of code, no name at all</code>"):
+        assert finish.breakable(text) == text

@@ -12,7 +12,9 @@ const slider = (control, id, value) => `<div class="moe-control">
 <label for="${id}">${escapeHtml(control.label)}</label><span class="moe-value" data-value="${control.key}">${escapeHtml(shown(control, value))}</span>
 <input type="range" id="${id}" data-key="${control.key}" min="${control.min}" max="${control.max}" step="${control.step}" value="${value}" aria-valuetext="${escapeHtml(shown(control, value))}"></div>`;
 
-const choice = (control, id, value) => `<div class="moe-control">
+const LONG = 17; // what a select of one column shows of an option
+
+const choice = (control, id, value) => `<div class="moe-control${control.options.some(([, label]) => label.length > LONG) ? " moe-long" : ""}">
 <label for="${id}">${escapeHtml(control.label)}</label>
 <select id="${id}" data-key="${control.key}">${control.options
   .map(([option, label]) => `<option value="${escapeHtml(option)}"${String(option) === String(value) ? " selected" : ""}>${escapeHtml(label)}</option>`)

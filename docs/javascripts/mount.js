@@ -28,7 +28,9 @@ class MoeFigure extends HTMLElement {
   click(target) {
     if (target.closest(".moe-reset")) return this.show(this.figure.defaults(this.data), true);
     const set = target.closest("[data-set]")?.dataset.set;
-    if (set) this.show(move(this.figure, this.data, this.state, ...set.split("=")), true);
+    if (!set) return;
+    this.show(move(this.figure, this.data, this.state, ...set.split("=")), true);
+    this.querySelector(`[data-set="${set}"]`)?.focus({ preventScroll: true }); // the picture is new, and with it the button that was pressed
   }
 
   change(key, value) {

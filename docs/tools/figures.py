@@ -15,6 +15,7 @@ from typing import Any
 import measured
 import numpy as np
 import passes
+import rungs
 from routings import ROUTERS, example_routing, routed, slots_per_expert
 
 from reference import balancing, capacity, cost, example, moe_forward, presets, update_bias
@@ -254,11 +255,18 @@ def granularity_states(data: Json) -> list[Json]:
 
 
 def lamp_data() -> Json:
-    """An output of 8 rows, as bfloat16 rounds it, and as an eager computation in bfloat16 might."""
+    """An output of 8 rows, a sum of two terms, and what two computations in bfloat16 make of it.
+
+    Where the terms nearly cancel, the error is that of the terms and no small part of what is left, as in any matrix product.
+    """
     rng, width = np.random.default_rng(0), 8
-    truth = rng.standard_normal((8, width))
-    eager = equal.round_to(equal.round_to(truth / 3, "bfloat16") * 3, "bfloat16")
-    return {"truth": truth.ravel(), "eager": eager.ravel(), "honest": equal.round_to(truth, "bfloat16").ravel(), "width": width}
+    one, other = rng.standard_normal((2, 8, width))
+
+    def rounded(value: np.ndarray) -> np.ndarray:
+        return equal.round_to(value, "bfloat16")
+
+    honest, eager = rounded(rounded(one) + rounded(other)), rounded(3 * rounded(one / 3) + rounded(other))
+    return {"truth": (one + other).ravel(), "eager": eager.ravel(), "honest": honest.ravel(), "width": width}
 
 
 def lamp_case(state: Json, data: Json) -> Json:
@@ -298,6 +306,7 @@ FIGURES: dict[str, tuple[Callable[[], Json], Callable[[Json], list[Json]], Calla
     "gradients": (passes.gradients_data, passes.gradients_states, passes.gradients_case),
     "dispatch": (passes.dispatch_data, passes.dispatch_states, passes.dispatch_case),
     "crossings": (passes.crossings_data, passes.crossings_states, passes.crossings_case),
+    "ladder": (rungs.ladder_data, rungs.ladder_states, rungs.ladder_case),
 }
 """Name → (data, states to compare, what Python computes for one of them)."""
 

@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import importlib
+import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import components
+import layout
 import pictures
 import sources
 import tables
-from render import EQUATION_PAGES, block, equation_home, slug
+from api import API, has_page
+from equations import EQUATION_PAGES, equation_home
+from render import block, slug
 
-from reference import notation, presets
+from reference import notation, presets, symbols
 from reference.architectures import RECIPES
 from reference.proof import bugs
-
-API = {
-    "reference": [
-        "layer", "config", "routing", "scores", "noise", "gating", "choices", "capacity", "dispatch", "experts", "shared", "soft",
-        "balancing", "penalty", "model_config", "cost", "presets", "specialization", "overlap", "redundancy", "churn", "beginnings", "text",
-    ],
-    "reference.proof": ["equal", "teeth", "cases"],
-    "reference.autograd": ["layer", "transformer", "training", "checkpoints", "sampling"],
-    "optimized": ["layer", "backends", "contracts", "huggingface", "expert_parallel"],
-}  # fmt: skip
-"""Package → modules with a page of their own, in this order."""
 
 
 def museum() -> str:
     """Every piece of the museum: the wrong function, where it was seen, what catches it."""
+    shipped = sum(bug.shipped for bug in bugs.MUSEUM.values())
     parts = [
         "# Bug museum",
-        f"{len(bugs.MUSEUM)} mistakes that shipped somewhere, or that a paper's text leaves one line away. Each is a small wrong function "
-        "beside the check that catches it. The checks run in the test suite: each must accept the reference and reject the mistake, and "
-        "the message under each piece is what the check printed when this page was built.",
-        "“Near” means that a paper's text invites the mistake and no public report of it was read.",
+        f"{len(bugs.MUSEUM)} mistakes, of which {shipped} have shipped and {len(bugs.MUSEUM) - shipped} lie near. Each is a small wrong "
+        "function beside the check that catches it. The checks run in the test suite: each must accept the reference and reject the "
+        "mistake, and the message under each piece is what the check printed when this page was built.",
+        "**Shipped**: published code, or a paper's pseudo-code, has made it; the report or the file is named. **Near**: no public report "
+        "of it was read, but what is named invites it: a paper's text, a function's documentation, or code whose layout is unlike others'.",
+        "What only goes wrong between several devices is told elsewhere: "
+        "[the traps of expert parallelism](../chapters/expert-parallelism.md#the-traps).",
+        "The rooms: " + ", ".join(f"[{room}](#{slug(room)}) ({len(pieces)})" for room, pieces in bugs.ROOMS.items()) + ".",
     ]
     for room, pieces in bugs.ROOMS.items():
         parts.append(f"## {room.capitalize()}")
@@ -43,7 +43,7 @@ def museum() -> str:
             told = " ".join((piece.check.__doc__ or "").split())
             parts += [
                 f"### {piece.name[0].upper()}{piece.name[1:]} {{ #{slug(piece.name)} }}",
-                f"{piece.mistake} <br>Seen: {piece.seen}",
+                f"{piece.mistake} <br>**{'Shipped' if piece.shipped else 'Near'}**: {piece.place}",
                 block(wrong),
                 f"**Caught by** `{piece.check.__name__}`. {told} It says: *{piece.symptom()}.*",
             ]
@@ -55,19 +55,22 @@ def notation_page() -> str:
     letters = tables.markdown(
         ["letter", "meaning"], [[f"`{letter}`", meaning] for letter, meaning in notation.LETTERS.items()], numbers=False
     )
-    papers = tuple(dict.fromkeys(paper for row in notation.ROSETTA.values() for paper in row))
-    rosetta = [
-        [f"`{name}`", *(f"\\({row[paper]}\\)" if paper in row else "" for paper in papers)] for name, row in notation.ROSETTA.items()
-    ]
     parts = [
         "# Notation",
         "An array's name ends in the letters of its shape: `gate_TK` has shape [T, K], and equal letters in one function are equal sizes. "
         "The tests run the code and compare every such name with the real shape.",
         "## Letters",
         letters,
+        "## Symbols of the equations",
+        "With an index a capital letter may be something else than a size. The [pages of equations](#equations) tell it for each equation.",
+        tables.markdown(
+            ["symbol", "meaning, and name in the code"],
+            [[f"\\({latex}\\)", row.meaning + (f" (`{row.name}`)" if row.name else "")] for latex, row in symbols.SYMBOLS.items()],
+            numbers=False,
+        ),
         "## The papers' symbols",
-        "What is one thing here has many names in the papers. An empty cell: the paper has no symbol for it.",
-        tables.markdown(["here", *papers], rosetta, numbers=False),
+        "What is one thing here has many names in the papers. A paper that is not named has no symbol for it.",
+        layout.definitions((f"`{name}`", papers_write(row)) for name, row in notation.ROSETTA.items()),
         "## Equations",
         "Each equation has an id, which stands in the docstring of the function that computes it.",
         "\n".join(f"- [{title}](equations/{page}.md)" for page, (title, _) in EQUATION_PAGES.items()),
@@ -75,15 +78,46 @@ def notation_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def worked_out() -> dict[str, list[str]]:
+    """Equation → links to the chapters that show it, as seen from the pages of equations."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((sources.ROOT / "docs/chapters").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        title = text.partition("\n")[0].removeprefix("# ")
+        for identifier in dict.fromkeys(re.findall(r"^ *\{\{ equation (\S+) \}\}", text, re.MULTILINE)):
+            found.setdefault(identifier, []).append(f"[{title}](../../chapters/{path.name})")
+    return found
+
+
+def papers_write(row: Mapping[str, str]) -> str:
+    """What the papers write, those that write the same together."""
+    papers: dict[str, list[str]] = {}
+    for paper, symbol in row.items():
+        papers.setdefault(symbol, []).append(paper)
+    return " · ".join(f"\\({symbol}\\) {', '.join(names)}" for symbol, names in papers.items())
+
+
+def told(identifier: str) -> str:
+    """What the docstring of an equation's function says before the equation, and where it stands."""
+    module, _, name = notation.EQUATIONS[identifier].function.rpartition(".")
+    text = " ".join((getattr(importlib.import_module(module), name).__doc__ or "").split())
+    said = re.split(r"[.:] ", text.partition(f"({identifier})")[0])[0].rstrip(" ,.:")
+    where = f"[`{module}.{name}`][{module}.{name}]" if has_page(module) else f"`{module}.{name}`"
+    return f"{said}: {where}."
+
+
 def equations_pages() -> dict[str, str]:
-    """Every equation with the function that computes it, on the page that `equation_home` knows."""
-    parts = {f"reference/equations/{page}.md": [f"# {title}"] for page, (title, _) in EQUATION_PAGES.items()}
+    """Every equation with its symbols and the function that computes it, on the page that `equation_home` knows."""
+    intro = "Capital letters are the sizes of [the notation](../notation.md#letters); t is a token, e an expert, k a choice."
+    parts = {f"reference/equations/{page}.md": [f"# {title}", intro] for page, (title, _) in EQUATION_PAGES.items()}
+    chapters = worked_out()
     for identifier, equation in notation.EQUATIONS.items():
         source = f" {notation.PAPERS[equation.paper]}." if equation.paper else ""
         parts[equation_home(identifier)] += [
             f"## {identifier} {{ #eq-{identifier} }}",
             f"\\[\n{equation.latex}\n\\]",
-            f"`{equation.function}`.{source}",
+            "; ".join(f"\\({symbol}\\): {meaning}" for symbol, meaning in symbols.explained(identifier).items()) + ".",
+            f"{told(identifier)}{source}" + (f" Worked out in {', '.join(shown)}." if (shown := chapters.get(identifier)) else ""),
         ]
     return {path: "\n\n".join(text) + "\n" for path, text in parts.items()}
 
@@ -97,32 +131,43 @@ def recipes() -> Iterator[tuple[str, str, list[str]]]:
         yield module.rpartition(".")[2], module, names
 
 
+def headline(module: str) -> tuple[str, str, str]:
+    """(whose layer a recipe is, its idea, what more its file says), from the docstring."""
+    title, _, rest = (importlib.import_module(module).__doc__ or "").strip().partition("\n")
+    name, _, idea = title.partition(":")
+    return name, idea.strip(), rest.strip()
+
+
 def architecture(module: str, names: list[str]) -> str:
     """One paper's layer: what its file says, its settings and sizes, and the recipe itself."""
-    doc = importlib.import_module(module).__doc__ or ""
-    title, _, rest = doc.strip().partition("\n")
+    name, idea, rest = headline(module)
     paragraphs = [
         "".join(f"**{part}**" if part in ("Source:", "Specific:", "Deviates:") else part for part in split(line))
-        for line in rest.strip().splitlines()
+        for line in rest.splitlines()
     ]
-    name, _, idea = title.partition(":")
     told = "\n".join(f"\n{line}" if line.startswith("**") else line for line in paragraphs)
     parts = [
         f"# {name}",
-        f"{idea.strip()[:1].upper()}{idea.strip()[1:]}",
+        f"{idea[:1].upper()}{idea[1:]}",
         pictures.idea(presets.get(names[0])),
         told,
         f"<!-- story: {module.rpartition('.')[2]} -->",
+        "## At work",
+        "A small copy of the layer, computed by the reference. Tokens and logits are the same on the page of every architecture, so what "
+        "differs is the rule.",
+        pictures.at_work(names),
         "## Settings",
-        "What this model sets, and the layer's default beside it. Everything that is not listed is the default.",
+        f"What `{names[0]}` sets, and the layer's default beside it. Everything that is not listed is the default.",
         settings(names[0]),
         "## Sizes",
-        "Counted from the settings by `reference/cost.py`; the tests compare the totals with the published ones.",
-        size_table(names),
+        "Counted from the settings by `reference/cost.py`; the tests compare the totals with the published ones. Of the two bars the upper "
+        "is what is stored, the lower what one token meets; B is 10⁹.",
+        components.bars(names),
+        components.table(names),
         "## The recipe",
         "One training pass as the paper writes it, without flags. The tests compare it with the layer that the settings above drive, and "
         "[the status page](../status.md) has the differences.",
-        block(sources.module_text(module)),
+        block(sources.module_text(module, docstring=False)),  # the page has told it
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -138,25 +183,19 @@ def settings(name: str) -> str:
     from reference.config import MoEConfig
 
     chosen, plain = presets.get(name).to_dict(), MoEConfig(presets.get(name).d_model).to_dict()
-    rows = [["`d_model`", f"`{chosen['d_model']}`", ""]]
+    rows = [["`d_model`", f"`{chosen['d_model']}`", "–"]]
     for part, fields in chosen.items():
         if isinstance(fields, dict):
             rows += [
-                [f"`{part}.{key}`", f"`{value!r}`", f"`{plain[part][key]!r}`"] for key, value in fields.items() if value != plain[part][key]
+                [f"`{part}.{key}`", setting(value), setting(plain[part][key])] for key, value in fields.items() if value != plain[part][key]
             ]
-    return tables.markdown([f"field of `{name}`", "set to", "default"], rows, numbers=False)
+    return tables.markdown(["field", "set to", "default"], rows, numbers=False)
 
 
-def size_table(names: list[str]) -> str:
-    """Parameters by component of every preset that shares the recipe."""
-    from reference.cost import model_parameters
-
-    parts = {name: model_parameters(presets.model(name)) for name in names}
-    used = [part for part in next(iter(parts.values())) if any(count[part].total for count in parts.values())]
-    rows = [[part.replace("_", " "), *(tables.billions(parts[name][part].total) for name in names)] for part in used]
-    rows.append(["**total**", *(f"**{tables.billions(tables.sizes(name).total)}**" for name in names)])
-    rows.append(["**active for a token**", *(f"**{tables.billions(tables.sizes(name).active)}**" for name in names)])
-    return tables.markdown(["10⁹ parameters", *(f"`{name}`" for name in names)], rows)
+def setting(value: Any) -> str:
+    """A value as Python writes it, pairs below each other."""
+    pairs = isinstance(value, tuple) and value
+    return "<br>".join(f"`{name}`\u00a0`{number}`" for name, number in value) if pairs else f"`{value!r}`"
 
 
 def api_pages() -> dict[str, str]:
@@ -165,8 +204,9 @@ def api_pages() -> dict[str, str]:
     for package, modules in API.items():
         for module in modules:
             name = f"{package}.{module}"
+            title = re.sub(r"([._])", r"\1<wbr>", name)  # on a phone a line ends between words
             pages[f"reference/api/{name.removeprefix('reference.')}.md"] = (
-                f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
+                f"# {title}\n\n::: {name}\n    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
             )
     return pages
 
@@ -184,19 +224,15 @@ def command_line() -> str:
         textwrap.dedent(group.help or ""),
     ]
     for name, command in getattr(group, "commands", {}).items():
-        rows = []
-        for option in command.params:
-            if option.name != "help":
-                default = "" if option.default in (None, False, "", ()) or callable(option.default) else f"`{option.default}`"
-                rows.append(
-                    [" ".join(f"`{text}`" for text in option.opts), (getattr(option, "help", None) or "").replace("|", "\\|"), default]
-                )
-        parts += [
-            f"## moebius {name}",
-            " ".join((command.help or "").split()),
-            tables.markdown(["option", "", "default"], rows, numbers=False),
-        ]
+        rows = [option_row(option) for option in command.params if option.name != "help"]
+        parts += [f"## moebius {name}", " ".join((command.help or "").split()), layout.definitions(rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def option_row(option: Any) -> tuple[str, str]:
+    """How an option is written, and what it does."""
+    default = "" if option.default in (None, False, "", ()) or callable(option.default) else f" Default: `{option.default}`."
+    return " ".join(f"`{text}`" for text in option.opts), (getattr(option, "help", None) or "") + default
 
 
 def pages() -> dict[str, str]:

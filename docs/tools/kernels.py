@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import sources
-from layout import digits, markdown
+from layout import definitions, digits, markdown, tabs
 
 from optimized.static import verdicts
 
@@ -19,6 +19,8 @@ TESTED = "3.7.1"
 RESULTS = "docs/results/kernels-{}.json"
 PARTS = {"Grid:": "grid", "A program owns": "one program owns", "Equals:": "equals", "Rounds at:": "rounds", "Limits:": "limits"}
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "tf32": "tf32", "float32": "fp32", "int32": "int32"}
+NBSP, HYPHEN = "\u00a0", "\u2011"
+"""A space and a hyphen at which no line ends."""
 Rows = Sequence[dict[str, Any]]
 
 
@@ -45,11 +47,11 @@ def contract(kernel: str) -> str:
     rows = [["computes", pieces[0].strip()], ["grid", named.pop("grid")]]
     rows += [["one program owns", owns]] if owns else []
     rows += [["arrays", arrays]] if arrays else []
-    return markdown(["`" + kernel + "`", ""], [[key, _safe(text)] for key, text in rows + list(named.items())], numbers=False)
+    return f"### `{kernel}`\n\n" + definitions([[key, _safe(text)] for key, text in rows + list(named.items())])
 
 
 def _safe(text: str) -> str:
-    return text.rstrip(".").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return text.rstrip(".").replace("<", "&lt;").replace("*", "\\*")
 
 
 def _span(values: Sequence[float], places: int = 0) -> str:
@@ -61,54 +63,75 @@ def _tile(blocks: dict[str, int]) -> str:
     return "×".join(str(blocks[part]) for part in ("rows", "columns", "depth", "block") if blocks.get(part))
 
 
-def _groups(rows: Rows) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+def _groups(rows: Rows) -> dict[str, dict[tuple[Any, ...], list[dict[str, Any]]]]:
+    """Rows by target, and there by dtypes, origin and blocks."""
+    found: dict[str, dict[tuple[Any, ...], list[dict[str, Any]]]] = {}
     for row in rows:
-        found.setdefault((row["target"], tuple(row["dtypes"]), row["origin"], tuple(row["blocks"].items())), []).append(row)
+        key = (tuple(row["dtypes"]), row["origin"], tuple(row["blocks"].items()))
+        found.setdefault(row["target"], {}).setdefault(key, []).append(row)
     return found
 
 
 def figures(*roles: str) -> str:
-    """The static figures of the kept blocks of some roles; over all specialisations the lowest and the highest."""
+    """The static figures of the kept blocks of some roles, a tab for each target; over all specialisations the lowest and the highest."""
     rows = [row for row in result()["rows"] if row["role"] in roles and row["origin"] != "rejected"]
+    return tabs({target: _target(groups) for target, groups in _groups(rows).items()})
+
+
+def _target(groups: dict[tuple[Any, ...], list[dict[str, Any]]]) -> str:
+    """One target's table. No column says what no kept kernel has: spills, and what none of these kernels does."""
     shown = []
-    for (target, dtypes, origin, blocks), own in _groups(rows).items():
+    for (dtypes, origin, blocks), own in groups.items():
         sizes, matrix = dict(blocks), sorted({row["matrix"] for row in own} - {""})
         copies = [row["loop_async"] for row in own]
         shown.append([
-            f"{target}{' *' if origin == 'alternative' else ''}", "/".join(SHORT[dtype] for dtype in dtypes), _tile(sizes),
-            f"{sizes['warps']}/{sizes['stages']}", _span([row["registers"] for row in own]), max(row["spilled"] for row in own),
-            _span([row["shared"] / 1024 for row in own]), _span([row["occupancy"] for row in own], 2),
-            f"{'/'.join(matrix)} × {_span([row['matrix_count'] for row in own])}" if matrix else "–",
+            "/".join(SHORT[dtype] for dtype in dtypes), f"{_tile(sizes)}{NBSP}*" if origin == "alternative" else _tile(sizes),
+            f"{sizes['warps']}/{sizes['stages']}", _span([row["registers"] for row in own]), _span([row["shared"] / 1024 for row in own]),
+            _span([row["occupancy"] for row in own], 2),
+            f"{'/'.join(matrix)} × {_span([row['matrix_count'] for row in own])}".replace(" ", NBSP) if matrix else "–",
             _span(copies) if any(copies) else "–",
         ])  # fmt: skip
-    header = ["target", "dtype", "blocks", "warps/stages", "registers", "spills", "shared, KiB", "occupancy", "matrix", "async in loop"]
-    return markdown(header, shown)
+    header = ["dtype", "blocks", "warps/<wbr>stages", "registers", "shared, KiB", "occu&shy;pancy", "matrix", "async copies"]
+    told = [place for place, column in enumerate(zip(*shown, strict=True)) if set(column) != {"–"}]
+    return markdown([header[place] for place in told], [[row[place] for place in told] for row in shown])
 
 
 def rejections() -> str:
-    """Every block size that was tried and refused, its worst fault, and how many of its specialisations have one."""
-    groups: dict[tuple[str, ...], list[tuple[int, str]]] = {}
-    for row in (row for row in result()["rows"] if row["origin"] == "rejected"):
+    """Every block size that was tried and refused, its worst fault, and how many of its specialisations have one; a tab for each target."""
+    rows = [row for row in result()["rows"] if row["origin"] == "rejected"]
+    shown: dict[str, dict[tuple[str, str], list[tuple[int, str]]]] = {}
+    for row in rows:
         blocks, found = row["blocks"], verdicts.faults(row)
         where = f"{'/'.join(SHORT[dtype] for dtype in row['dtypes'])}, {', '.join(row['models'])}"
-        key = row["target"], row["role"], _tile(blocks), f"{blocks['warps']}/{blocks['stages']}"
-        groups.setdefault(key, []).append((row.get("spilled", 0), f"{found[0]} ({where})" if found else ""))
-    shown = [[*key, max(own)[1], f"{sum(bool(text) for _, text in own)} of {len(own)}"] for key, own in groups.items()]
-    return markdown(["target", "kernel", "blocks", "warps/stages", "the worst fault", "faulty"], shown, numbers=False)
+        key = row["role"], f"{_tile(blocks)}, {blocks['warps']}/{blocks['stages']}"
+        fault = row.get("spilled", 0), f"{found[0]} ({where})" if found else ""
+        shown.setdefault(row["target"], {}).setdefault(key, []).append(fault)
+    header = ["kernel, blocks, warps / stages", "the worst fault", "faulty"]
+
+    def one(groups: dict[tuple[str, str], list[tuple[int, str]]]) -> str:
+        rows = []
+        for key, own in groups.items():
+            faulty = f"{sum(bool(text) for _, text in own)} of {len(own)}".replace(" ", NBSP)
+            rows.append(["<br>".join(key), max(own)[1], faulty])
+        return markdown(header, rows, numbers=False)
+
+    return tabs({target: one(groups) for target, groups in shown.items()})
 
 
 def layers() -> str:
-    """One layer of every model: launches, bytes and FLOPs against what has to be."""
-    shown = []
+    """One layer of every model: launches, bytes and FLOPs against what has to be; targets of which all is equal in one row."""
+    shown: dict[tuple[str, ...], list[str]] = {}
     for layer in result()["layers"]:
         products = {role: done for role, done in layer["work"].items() if done["useful"]}
         others = [done["touched"] / done["least"] for role, done in layer["work"].items() if role not in products]
         flops, bound = max((done["executed"] / done["useful"], done["bound"]) for done in products.values())
         moved = max(done["touched"] / done["least"] for done in products.values())
         launches = f"{layer['launches']['forward']} + {layer['launches']['backward']}"
-        shown.append([layer["model"], layer["target"], launches, *(digits(value) for value in (moved, max(others), flops, bound))])
-    return markdown(["model", "target", "launches", "bytes, products", "bytes, others", "FLOPs", "FLOPs may be"], shown)
+        told = layer["model"].replace("-", HYPHEN), launches, *(digits(value) for value in (moved, max(others), flops, bound))
+        shown.setdefault(told, []).append(layer["target"])
+    targets = list(dict.fromkeys(layer["target"] for layer in result()["layers"]))
+    rows = [[model, "all" if own == targets else ", ".join(own), *numbers] for (model, *numbers), own in shown.items()]
+    return markdown(["model", "targets", "launches", "bytes, products", "bytes, others", "FLOPs", "FLOPs may be"], rows)
 
 
 def versions() -> str:
@@ -125,8 +148,7 @@ def versions() -> str:
                 version, target, len(own), sum(bool(verdicts.faults(row)) for row, _ in own), sum(row["spilled"] for row, _ in code),
                 _span([row["registers"] for row, _ in code]), "/".join(sorted({row["matrix"] for row, _ in code} - {""})), moved,
             ])  # fmt: skip
-    far = f"registers more than {verdicts.REGISTERS} from {TESTED}'s"
-    return markdown(["Triton", "target", "specialisations", "with a fault", "spilled", "registers", "matrix", far], shown)
+    return markdown(["Triton", "target", "compiled", "faulty", "spilled", "registers", "matrix", "far"], shown)
 
 
 def version_faults() -> str:
@@ -140,7 +162,8 @@ def counts() -> dict[str, Any]:
     data = result()
     kept = [row for row in data["rows"] if row["origin"] != "rejected"]
     return {
-        "triton": data["triton"], "kept": len(kept), "spilled": sum(row["spilled"] for row in kept), "tokens": data["layers"][0]["tokens"],
+        "triton": data["triton"], "far": verdicts.REGISTERS, "tokens": data["layers"][0]["tokens"],
+        "kept": len(kept), "spilled": sum(row["spilled"] for row in kept),
         "bytes": digits(verdicts.MOST_BYTES["up"], 2), "other_bytes": digits(verdicts.MOST_BYTES["combine"], 2),
         "launches": _span([part for layer in data["layers"] for part in (layer["launches"]["forward"], layer["launches"]["backward"])]),
         "rejected": len({(row["target"], row["role"], *row["blocks"].values()) for row in data["rows"] if row["origin"] == "rejected"}),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -21,5 +22,20 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: b
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *told))
 
 
+def matrix(rows: Iterable[Iterable[float]]) -> str:
+    """A matrix of whole numbers in LaTeX."""
+    return r"\begin{pmatrix} " + r" \\ ".join(" & ".join(f"{value:.0f}" for value in row) for row in rows) + r" \end{pmatrix}"
+
+
 def _is_word(cell: str) -> bool:
     return bool(re.match(r"[*_~`<]*[^\W\d]", cell))
+
+
+def definitions(rows: Iterable[Sequence[str]]) -> str:
+    """Terms and what is said about each, which a narrow page can put below each other."""
+    return "\n\n".join(f"{term}\n:   {text}" for term, text in rows)
+
+
+def tabs(parts: Mapping[str, str]) -> str:
+    """Parts of which one is shown at a time; equal titles on a page change together."""
+    return "\n\n".join(f'=== "{title}"\n\n' + textwrap.indent(part, "    ") for title, part in parts.items())

@@ -40,7 +40,7 @@ def parts(values: Json | Sequence[float], places: int) -> list[str]:
 def spread(values: Json | Sequence[float], places: int = 2) -> str:
     """Mean and range in a sentence."""
     mean, *rest = parts(values, places)
-    return mean + "".join(f" ({one})" for one in rest)
+    return (mean + "".join(f" ({one})" for one in rest)).replace(" … ", "\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}")
 
 
 def cell(values: Json | Sequence[float], places: int = 2) -> str:
@@ -83,12 +83,15 @@ def minus(number: re.Match[str]) -> str:
 
 
 def claims(name: str) -> str:
-    """What the field says, whether it held in every seed, who says it, and what was seen."""
+    """What the field says, whether it held in every seed, who says it, what was seen, and what "held" asks for."""
     said = []
     for one in result(name)["claims"]:
         verdict = "Held" if one["held"] else "Did not hold"
-        seen = re.sub(r"(?<![\w.-])-(\d+(?:\.\d+)?)", minus, one["seen"].replace(" – ", " … "))
-        said.append(f"- **{verdict}:** {one['claim']}. *{one['source']}.*<br>Seen: {seen}.")
+        seen = re.sub(r"(?<![\w.-])-(\d+(?:\.\d+)?)", minus, one["seen"].replace(" – ", "\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}"))
+        kind = "held" if one["held"] else "failed"
+        said.append(
+            f"- **{verdict}:**{{ .moe-{kind} }} {one['claim']}. *{one['source']}.*<br>Seen: {seen}. To hold asks for: {one['rule']}."
+        )
     return "\n".join(said)
 
 
@@ -111,7 +114,7 @@ def informations() -> str:
     for label, found in cells.items():
         told = [cell([one[key] for one in found], 3) for key in ("information", "null_mean", "excess")]
         rows.append([label, digits(found[0]["label_entropy"], 2), *told, f"{max(one['p_value'] for one in found):.3f}"])
-    return markdown(["label", "its entropy", "bits told", "by chance", "beyond chance", "largest p"], rows)
+    return markdown(["label", "bits to know", "bits told", "by chance", "beyond chance", "largest p"], rows)
 
 
 def overlaps() -> str:

@@ -9,17 +9,20 @@ from __future__ import annotations
 import base64
 import os
 import re
+import struct
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import generated
+from api import has_page
 
 from notebooks import build
 
 COLAB = "https://colab.research.google.com/"
 LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<target>[^)#\s]+)(?:#L(?P<line>\d+))?\)")
+HINT = re.compile(r"<details><summary>(.+?)</summary>(.+?)</details>", re.DOTALL)
 PREDICT = re.compile(r"^\*\*Predict\.\*\* (?P<question>.+?)(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -37,8 +40,8 @@ def repository() -> str:
 
 def api_page(path: str) -> str | None:
     """The dotted name of a source file whose module has a page of the API."""
-    package, _, module = path.removesuffix(".py").replace("/", ".").rpartition(".")
-    return f"{package}.{module}" if module in generated.API.get(package, ()) else None
+    module = path.removesuffix(".py").replace("/", ".")
+    return module if has_page(module) else None
 
 
 def relink(match: re.Match[str]) -> str:
@@ -51,14 +54,17 @@ def relink(match: re.Match[str]) -> str:
     if target.startswith("docs/"):
         return f"[{title_of(target)}](../{target.removeprefix('docs/')})"
     if line and (module := api_page(target)):
-        return f"[{text}][{module}.{text.strip('`')}]"
+        return f"[`{text}`][{module}.{text}]"
     if repository():
-        return f"[{text}](https://github.com/{repository()}/blob/main/{target}{f'#L{line}' if line else ''})"
-    return text if text.startswith("`") else f"`{text}`"
+        shown, place = (f"`{text}`", f"#L{line}") if line else (text, "")
+        return f"[{shown}](https://github.com/{repository()}/blob/main/{target}{place})"
+    return f"`{text}`"
 
 
 def title_of(path: str) -> str:
-    """The heading of a page of docs/."""
+    """The heading of a page of docs/; that of an architecture stands in its recipe."""
+    if path.startswith("docs/architectures/"):
+        return generated.headline(f"reference.architectures.{Path(path).stem}")[0]
     text = (build.ROOT / path).read_text(encoding="utf-8")
     found = re.search(r"^# (.+)$", text, re.MULTILINE)
     return found[1] if found else path
@@ -70,7 +76,8 @@ def prose(text: str) -> str:
     def boxed(match: re.Match[str]) -> str:
         return '!!! question "Predict"\n\n' + textwrap.indent(match["question"], "    ")
 
-    return PREDICT.sub(boxed, LINK.sub(relink, text))
+    hinted = HINT.sub(lambda match: "\n" + folded("tip", match[1], match[2].strip()) + "\n", text)
+    return PREDICT.sub(boxed, LINK.sub(relink, hinted))
 
 
 def folded(kind: str, title: str, content: str) -> str:
@@ -83,6 +90,12 @@ def fence(kind: str, text: str) -> str:
     return f"``` {{ {kind} }}\n{text.rstrip()}\n```"
 
 
+def drawn(name: str, content: bytes, told: str = "") -> str:
+    """A picture in a place of its size, so that nothing moves when it comes."""
+    width, height = struct.unpack(">II", content[16:24])  # where a PNG has them
+    return f"![{told}](pictures/{name}){{ width={width} height={height} }}"
+
+
 def shown(cell: Any, stem: str, pictures: dict[str, bytes]) -> Iterator[str]:
     """What a code cell printed and drew; the pictures go into `pictures`."""
     for output in cell.outputs:
@@ -90,7 +103,7 @@ def shown(cell: Any, stem: str, pictures: dict[str, bytes]) -> Iterator[str]:
         if "image/png" in data:
             name = f"{stem}-{len(pictures)}.png"
             pictures[name] = base64.b64decode(data["image/png"])
-            yield f"![{data['text/plain'].removeprefix('picture: ')}](pictures/{name})"
+            yield drawn(name, pictures[name], data["text/plain"].removeprefix("picture: "))
         elif text := output.get("text") or data.get("text/plain"):
             yield fence(".text .output", text)
 
@@ -141,18 +154,28 @@ def index() -> str:
         "network and no GPU, asks for a prediction before each result, and has one exercise that checks itself: a wrong answer is drawn "
         "beside the right one and told which known mistake it is.",
     ]
+    cards = []
     for source in build.sources():
         title, introduction = build.read(build.target(source, "exercise")).cells[0].source.removeprefix("# ").split("\n\n")[:2]
         ideas = re.findall(r"\*\*(.+?)\*\*", introduction, re.DOTALL)
-        lines.append(f"- [{title}]({source.stem}.md): {'; '.join(' '.join(idea.split()) for idea in ideas)}")
+        said = f"**[{title}]({source.stem}.md)**", f"{'; '.join(' '.join(idea.split()) for idea in ideas)}"
+        cards.append("- " + "\n\n    ".join((*said, drawn(*smallest(source)))))
+    lines += ['<div class="grid cards" markdown>', *cards, "</div>"]
     lines += [
         "## Run them { #run }",
         "From a clone, in Jupyter or VS Code: open `notebooks/01_route_eight_tokens.ipynb` with the environment that `make install` makes. "
+        "`.venv/bin/python -m pip install jupyterlab` adds JupyterLab to it. Start it in the clone itself and not in `notebooks/`: no link "
+        "opens that leads outside of the folder it was started in. "
         "The first cell of each notebook looks for the project around and beside the notebook, and installs what is missing. In Colab, "
         "clone the repository in a cell above it. `notebooks/solutions/` holds every notebook with its solution, and `make notebooks` "
         "executes all of them anew: no printed text may change.",
     ]
-    return "\n\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:-2]) + "\n\n" + "\n\n".join(lines[-2:]) + "\n"
+    return "\n\n".join(lines) + "\n"
+
+
+def smallest(source: Path) -> tuple[str, bytes]:
+    """Name and content of the picture of a notebook that weighs least: nine of them make a page."""
+    return min(page(source).pictures.items(), key=lambda picture: len(picture[1]))
 
 
 def pages() -> dict[str, str]:

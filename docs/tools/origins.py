@@ -20,7 +20,7 @@ def table() -> str:
     """Errors of each way, mean and range over the draws of the task."""
     found = result("beginnings")["summary"]
     rows = [[name, *(cell(found[way][key], 3) for key in ("blend", "alone")), cell(found[way]["sure"])] for way, name in WAYS.items()]
-    return markdown(["trained by", "error of the blend", "of the trusted expert alone", "points decided (trust > 0.9)"], rows)
+    return markdown(["trained by", "error of the blend", "of the trusted expert alone", "points decided (trust\u00a0>\u00a00.9)"], rows)
 
 
 def picture(panels: Callable[..., list[Any]], colors: tuple[str, ...], ink: str) -> tuple[list[Any], str]:

@@ -72,7 +72,7 @@ def dispatch_states(data: Json) -> list[Json]:
     drawn = [(0, "sort", -1), (1, "sort", 2), (1, "einsum", -1), (2, "einsum", 0), (3, "einsum", 2), (3, "sort", -1)]
     return [
         {"pull": pull, "factor": factor, "step": step, "view": view, "word": word}
-        for pull, factor, (step, view, word) in itertools.product(range(-4, 5), (0, 1, 1.5, 2), drawn)
+        for pull, factor, (step, view, word) in itertools.product(range(-4, 5), (0, 0.5, 1, 1.5, 2), drawn)
     ]
 
 

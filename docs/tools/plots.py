@@ -7,13 +7,17 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import components
 import matplotlib as mpl
 import measured
 import numpy as np
 import origins
+import overviews
 from layout import digits
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from reference import cost, presets
 
 INK, FAINT = "#010203", "#010204"
 COLORS = ("#010205", "#010206", "#010207", "#010208", "#010209")
@@ -85,13 +89,13 @@ def bias_control() -> tuple[list[Axes], str]:
         runs = found["arms"][rate]
         values = np.array([[row["max_vio"] for row in run["rows"]] for run in runs])
         runs_band(left, [row["step"] for row in runs[0]["rows"]], values, number, "no bias" if rate == "0" else f"γ = {rate}")
-    left.axvline(found["shift"], color=INK, linewidth=0.8)
+    left.axvline(found["shift"], ymax=0.76, color=INK, linewidth=0.8)
     left.annotate(
-        "other text", (found["shift"], 0.02), xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points", color=INK
+        "other text", (found["shift"], 0.66), xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points", color=INK
     )
     left.set(xlabel="step")
     left.set_ylim(0, 8.5)
-    left.legend(ncols=2, loc="upper center")
+    left.legend(ncols=3, loc="upper left", columnspacing=1, handlelength=1.8)
     rates = [rate for rate in found["summary"] if float(rate)]
     for number, (key, label) in enumerate((("before", "before the change"), ("shift", "just after it"), ("after", "at the end"))):
         ends = np.array([[run["end"][key] for rate in rates for run in [found["arms"][rate][seed]]] for seed in range(len(found["seeds"]))])
@@ -128,7 +132,83 @@ def specialization() -> tuple[list[Axes], str]:
         axes.set_xticks(places[::2], [str(step) for step in steps[::2]])
         axes.set_xlabel("step")
         axes.legend()
+    grid[2].set_ylim(0, 1.4)
+    grid[2].legend(loc="upper left")
     return grid, "Bits beyond chance, overlap of experts and agreement of checkpoints over training, mean and range over the seeds."
+
+
+def drop_by_position() -> tuple[list[Axes], str]:
+    """Who is dropped along a sequence, by the queue: a router that throws dice, and the layers of a trained model."""
+    found = measured.result("drop-by-position")
+    summary = found["summary"]
+    layers = [router for router in summary if router != "dice"]
+    grid = panels("dice, % dropped", f"trained model, % dropped, {len(layers)} layers", width=4.6, height=3.1)
+    for axes, routers in zip(grid, (["dice"], layers), strict=True):
+        for number, order in enumerate(summary["dice"]):
+            rates = np.array([[100 * rate["mean"] for rate in summary[router][order]] for router in routers])
+            runs_band(axes, list(range(1, rates.shape[1] + 1)), rates, number, order.replace("_", " "))
+        axes.set_xlabel("eighth of the sequence")
+    top = max(axes.get_ylim()[1] for axes in grid)
+    for axes in grid:
+        axes.set_ylim(0, top)
+    grid[0].legend(loc="upper left")
+    last = summary[layers[-1]]["token_major"][-1]["mean"]
+    told = f"Share dropped by place in the sequence, for {len(summary['dice'])} queues."
+    return grid, f"{told} Token by token the last eighth of the last layer loses {100 * last:.0f} %."
+
+
+NAMED = {
+    "dense": (-36, 3), "mixtral-8x7b": (-64, 7), "deepseek-v3": (6, -4), "switch-c-2048": (-10, -15), "gshard-600b": (-66, 5),
+    "olmoe-1b-7b": (6, -11), "llama4-maverick": (6, -7), "glam-64b-64e": (-34, 9),
+}  # fmt: skip
+"""Models that are named in the picture of sizes → how far from their dot, in points."""
+
+
+def shares() -> tuple[list[Axes], str]:
+    """What each preset stores, and what a token meets of it; a line for each share."""
+    totals = {name: cost.sum_parameters(cost.model_parameters(presets.model(name))) for name in presets.names()}
+    (axes,) = grid = panels("met by a token, 10⁹ parameters", width=5.2, height=4)
+    stored, met = np.array(list(totals.values())).T / 1e9
+    axes.scatter(stored, met, s=34, color=COLORS[0], alpha=0.7, linewidth=0)
+    ends, heights = (stored.min() / 3, 2.5 * stored.max()), (met.min() / 2, 2 * met.max())
+    (left, right), bottom = ends, heights[0]
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=heights, xlabel="stored, 10⁹ parameters")
+    for share in (1, 0.1, 0.01, 0.001):
+        axes.plot(ends, (share * left, share * right), color=FAINT, linewidth=1, zorder=0)
+        begins = max(left, bottom / share)  # where the line comes into the picture
+        axes.annotate(f"{100 * share:g} %", (begins, begins * share), xytext=(3, 18), textcoords="offset points", fontsize=10)
+    for name, place in NAMED.items():
+        at = (totals[name].total / 1e9, totals[name].active / 1e9)
+        axes.annotate(name, at, xytext=place, textcoords="offset points", color=COLORS[1], fontsize=10)
+    least = min(one.active / one.total for one in totals.values())
+    told = f"Stored parameters of {len(totals)} models and those that a token meets:"
+    return grid, f"{told} all of them in the dense one, {100 * least:.1f} % in the sparsest."
+
+
+def parity() -> tuple[list[Axes], str]:
+    """The largest error of each writing of each layer, beside the distance from 1 to the next number of two dtypes."""
+    rows = measured.result("status")["rows"]
+    errors = {
+        "recipe": [row["recipe"]["forward"]["max"] for row in rows],
+        "PyTorch": [row["autograd"]["forward"]["max"] for row in rows],
+        "gradients": [row["autograd"]["gradient"]["max"] for row in rows],
+    }
+    worst = max(map(max, errors.values()))
+    (axes,) = grid = panels("largest error, a dot for each model", width=5.2, height=2.2)
+    floor = 1e-17
+    for number, found in enumerate(errors.values()):
+        spread = number + np.linspace(-0.25, 0.25, len(found))
+        axes.scatter(np.maximum(found, floor), spread, s=16, color=COLORS[number], alpha=0.7, linewidth=0)
+    for dtype in ("float64", "float32"):
+        eps = float(np.finfo(dtype).eps)
+        axes.axvline(eps, ymax=0.85, color=INK, linewidth=0.8, linestyle=":")
+        axes.annotate(f"eps of {dtype}", (eps, 0.9), xycoords=("data", "axes fraction"), ha="center", color=INK, fontsize=10)
+    axes.set(xscale="log", xlim=(floor / 2, max(1e-6, 2 * worst)), ylim=(len(errors) - 0.4, -1.0))
+    axes.set_yticks(range(len(errors)), list(errors))
+    axes.set_xticks([floor, 1e-15, 1e-13, 1e-11, 1e-9, 1e-7], ["0", *(f"$10^{{{power}}}$" for power in (-15, -13, -11, -9, -7))])
+    axes.minorticks_off()
+    told = f"The largest errors of {len(rows)} models in float64, by recipe, PyTorch and PyTorch's gradients."
+    return grid, f"{told} The largest of all is {worst:.0e}."
 
 
 def beginnings() -> tuple[list[Axes], str]:
@@ -136,11 +216,38 @@ def beginnings() -> tuple[list[Axes], str]:
     return origins.picture(panels, COLORS, INK)
 
 
+def sizes() -> tuple[list[Axes], str]:
+    """What every published model stores, and what a token meets of it."""
+    return components.picture(panels, COLORS, INK, FAINT)
+
+
+def bench() -> tuple[list[Axes], str]:
+    """How near to the limit, and how much faster than others."""
+    return overviews.speeds(panels, COLORS, INK)
+
+
+def kernels() -> tuple[list[Axes], str]:
+    """What the compiler makes of each kernel."""
+    return overviews.registers(panels, COLORS, INK)
+
+
+def status() -> tuple[list[Axes], str]:
+    """How far the writings of each layer are from one another."""
+    return overviews.errors(panels, COLORS, INK)
+
+
 PLOTS: dict[str, Callable[[], tuple[list[Axes], str]]] = {
     "collapse": collapse,
     "bias-control": bias_control,
     "specialization": specialization,
     "beginnings": beginnings,
+    "sizes": sizes,
+    "bench": bench,
+    "kernels": kernels,
+    "status": status,
+    "drop-by-position": drop_by_position,
+    "shares": shares,
+    "parity": parity,
 }
 """Name → (figure, what it shows in a sentence for those who do not see it)."""
 
@@ -152,7 +259,8 @@ def get(name: str) -> str:
     with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
         drawn, told = PLOTS[name]()
         pictures = "".join(page_svg(axes.figure, f"{name}-{number}") for number, axes in enumerate(drawn))
-    return f'<div class="moe-plots" role="img" aria-label="{told}">{pictures}</div>'
+    columns = 2 if len(drawn) == 4 else min(len(drawn), 3)
+    return f'<div class="moe-plots" style="--columns: {columns}" role="img" aria-label="{told}">{pictures}</div>'
 
 
 def page_svg(figure: Any, name: str) -> str:

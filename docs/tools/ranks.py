@@ -34,18 +34,21 @@ def steps() -> str:
 def _seen(row: dict[str, Any]) -> str:
     others = " and ".join(row["saw"])
     if row["named"]:
-        return f"ranks {others} name it, after {digits(row['seconds'], 1)} s"
+        return f"ranks {others} name it, after {digits(row['seconds'], 1)}\u00a0s"
     said = {text.partition("failed: ")[2].partition(" (")[0] for text in row["saw"].values()}
     return f"ranks {others} say: {'; '.join(sorted(said))}"
 
 
 def lost_ranks() -> str:
-    """Where a rank ends, and what the others say when it is killed and when it hangs."""
+    """Where a rank ends, and what the others say when it is killed and when it hangs; stages at which they say the same in one row."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for row in result("expert-parallel-faults")["lost"]:
-        who = f"rank {row['culprit']}" + (", which holds the store" if row["store"] == "rank 0" else "")
+        who = f"rank\N{NO-BREAK SPACE}{row['culprit']}" + (", which holds the store" if row["store"] == "rank 0" else "")
         found.setdefault((who, row["stage"]), {})[row["end"]] = _seen(row)
-    rows = [[*key, *(ends.get(end, "") for end in ("kill", "hang"))] for key, ends in found.items()]
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for (who, stage), ends in found.items():
+        alike.setdefault((who, *(ends.get(end, "") for end in ("kill", "hang"))), []).append(stage)
+    rows = [[who, ", ".join(stage.replace(", last", " (last)") for stage in stages), *ends] for (who, *ends), stages in alike.items()]
     return markdown(["lost", "at", "killed by SIGKILL", "hangs"], rows, numbers=False)
 
 

@@ -4,6 +4,7 @@ A fenced block ```python runs, in one namespace per page, and what it prints fol
 of the expression in that namespace, so that no number of the running example is typed. A line `{{ name argument }}` is a directive:
 
     {{ source reference.gating.top_k }}        the source of one or several functions; {{ code … }} is the same without docstrings
+    {{ c multiply_tile }}                      one or several functions of the C kernel
     {{ equation top-k }}                       an equation of reference/notation.py
     {{ bug softmax twice }}                    a piece of the museum: the wrong function and what its check says
     {{ table example-routing }}                a table of tables.py
@@ -22,9 +23,11 @@ from collections.abc import Callable
 from typing import Any
 
 import figures
+import native
 import plots
 import sources
 import tables
+from equations import equation_home
 
 from reference import notation
 from reference.proof import bugs
@@ -38,21 +41,6 @@ PIECE = re.compile(
 )
 
 
-EQUATION_PAGES = {
-    "scores": ("Equations: scores", ("scores", "noise")),
-    "gating": ("Equations: choices and gates", ("gating", "choices")),
-    "capacity": ("Equations: capacity", ("capacity",)),
-    "experts": (
-        "Equations: dispatch and experts",
-        ("dispatch", "experts", "zero_computation", "expert_dropout", "shared", "layer", "routing"),
-    ),
-    "balance": ("Equations: balance", ("balancing", "penalty")),
-    "costs": ("Equations: costs", ("cost",)),
-    "measures": ("Equations: measures", ()),
-}
-"""Page → (title, modules whose equations it lists); the last one takes the rest. One page of all would be too heavy."""
-
-
 class Page:
     """One page while it is rendered: where it lies, and the names that its code has defined so far."""
 
@@ -63,6 +51,7 @@ class Page:
         self.directives: dict[str, Callable[[str], str]] = {
             "source": lambda names: block(*(sources.find(name) for name in names.split())),
             "code": lambda names: block(*(sources.find(name, docstring=False) for name in names.split())),
+            "c": lambda names: block(*map(native.find, names.split()), language="c"),
             "equation": self.equation,
             "bug": self.bug,
             "table": lambda name: tables.get(name),
@@ -123,7 +112,7 @@ class Page:
         told = [
             f'!!! bug "From the museum: [{name}]({museum})"',
             "",
-            f"    {piece.mistake} Seen: {piece.seen}.",
+            f"    {piece.mistake} {'Shipped' if piece.shipped else 'Near'}: {piece.place}.",
             "",
             textwrap.indent(block(sources.find(wrong, docstring=False)), "    "),
             "",
@@ -132,18 +121,11 @@ class Page:
         return "\n".join(told)
 
 
-def equation_home(identifier: str) -> str:
-    """The page that lists the equation."""
-    module = notation.EQUATIONS[identifier].function.split(".")[1]
-    page = next((page for page, (_, modules) in EQUATION_PAGES.items() if module in modules), "measures")
-    return f"reference/equations/{page}.md"
-
-
-def block(*parts: sources.Source) -> str:
+def block(*parts: sources.Source, language: str = "python") -> str:
     """A fenced block titled with the files it comes from; of another class than what a page runs."""
     title = ", ".join(dict.fromkeys(part.path for part in parts))
     text = "\n\n\n".join(part.text for part in parts)
-    return f'``` {{ .python title="{title}" }}\n{text}\n```'
+    return f'``` {{ .{language} title="{title}" }}\n{text}\n```'
 
 
 def slug(name: str) -> str:

@@ -40,12 +40,16 @@ def _cut(path: Path, member: str, docstring: bool) -> Source:
     return Source(path.relative_to(ROOT).as_posix(), first, "\n".join(lines[number - 1] for number in kept).rstrip())
 
 
-def module_text(name: str) -> Source:
-    """The whole file of a module. Raises ValueError where there is none."""
+def module_text(name: str, *, docstring: bool = True) -> Source:
+    """The whole file of a module, or what follows its docstring. Raises ValueError where there is none."""
     path = ROOT.joinpath(*name.split(".")).with_suffix(".py")
     if not path.is_file():
         raise ValueError(f"{name!r}: there is no file {path.relative_to(ROOT)}")
-    return Source(path.relative_to(ROOT).as_posix(), 1, path.read_text(encoding="utf-8").rstrip())
+    text, first = path.read_text(encoding="utf-8"), 0
+    if not docstring and ast.get_docstring(tree := ast.parse(text)) is not None:
+        first = tree.body[0].end_lineno or 0
+    lines = "\n".join(text.splitlines()[first:])
+    return Source(path.relative_to(ROOT).as_posix(), first + 1, lines.strip("\n"))
 
 
 @lru_cache(maxsize=64)

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import byhand
 import kernels
 import measured
+import native
 import numpy as np
 import origins
 import pictures
 import ranks
+import routed
 import rungs
 import sources
 import timings
-from layout import digits, markdown
+from layout import digits, markdown, matrix
 
 from reference import MoEConfig, cost, example, moe_forward, presets
+from reference.architectures import RECIPES
 
 OUTPUT, CACHE = moe_forward(example.inputs(), example.params(), example.CONFIG, training=True)
 ROUTING = OUTPUT.routing
@@ -37,9 +42,9 @@ def sizes(name: str) -> cost.Parameters:
 
 NAMES: dict[str, Any] = {
     "np": np, "example": example, "output": OUTPUT, "routing": ROUTING, "words": example.WORDS, "experts": example.EXPERTS,
-    "digits": digits, "billions": billions, "sizes": sizes, "presets": presets,
+    "digits": digits, "matrix": matrix, "flips": lambda: flips(), "billions": billions, "sizes": sizes, "presets": presets,
     "made_by": measured.made_by, "measured": measured, "ranks": ranks, "kernels": kernels, "rungs": rungs,
-    "timings": timings,
+    "timings": timings, "native": native, "routed": routed,
 }  # fmt: skip
 """What sentences of every page can compute with."""
 
@@ -71,10 +76,16 @@ def example_assignments() -> str:
     )
 
 
+def in_order_of_pages() -> list[str]:
+    """Every preset, in the order in which the navigation lists the pages of their architectures."""
+    pages = re.findall(r"architectures/(\w+)\.md", (sources.ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    return sorted(presets.names(), key=lambda name: pages.index(RECIPES[name].__module__.rpartition(".")[2]))
+
+
 def preset_sizes() -> str:
     """Every preset: layers, experts, chosen, total and active parameters."""
     rows = []
-    for name in presets.names():
+    for name in in_order_of_pages():
         model, (total, active) = presets.model(name), sizes(name)
         experts, chosen = model.moe.experts, model.moe.gating.top_k
         shared = f" + {experts.shared}" if experts.shared else ""
@@ -107,8 +118,8 @@ def granularity() -> str:
 def router_row(config: MoEConfig) -> tuple[str, str, str]:
     """Scores, gates and what is special of a router that chooses the K highest scores."""
     gating = config.gating
-    scores = "the logits" if config.scores.function == "identity" else config.scores.function.replace("_", "-")
-    scale = f", × {gating.scale:g}" if gating.scale != 1 else ""
+    scores = pictures.score_function(config)
+    scale = f", ×\N{NO-BREAK SPACE}{gating.scale:g}" if gating.scale != 1 else ""
     special = [
         *(["K = 1"] if gating.top_k == 1 else []),
         *([pictures.GROUPS[gating.group_score]] if gating.top_groups < gating.groups else []),
@@ -125,8 +136,11 @@ def routers() -> str:
         config = presets.get(name)
         if config.gating.choice == "top_k" and config.experts.count > 1:
             alike.setdefault(router_row(config), []).append(name)
-    rows = [[*row, " ".join(f"`{name}`" for name in names)] for row, names in alike.items()]
-    return markdown(["scores", "gates", "beside that", "models"], rows, numbers=False)
+    rows = []
+    for (scores, gates, special), names in alike.items():
+        note = f'<span class="moe-note">{special}</span>' if special else ""
+        rows.append([f"**{scores}** → {gates}{note}", " ".join(f"`{name}`" for name in names)])
+    return markdown(["scores → gates", "models"], rows, numbers=False)
 
 
 COUNTED = {
@@ -153,8 +167,14 @@ def balance_losses() -> str:
     rows = []
     for loss, counted in COUNTED.items():
         told = [f"{weight:g}: {' '.join(names)}" for weight, names in sorted(weights.get(loss, {}).items(), reverse=True)]
-        rows += [[f"`{loss}`", counted, "<br>".join(told)]] if told else []
-    return markdown(["loss", "f counts", "weight"], rows, numbers=False)
+        rows += [[f'`{loss}`<span class="moe-note">{counted}</span>', "<br>".join(told)]] if told else []
+    return markdown(["loss, and what f counts", "weight: models"], rows, numbers=False)
+
+
+def flips() -> str:
+    """In a sentence: tokens of the committed parity run whose choice rounding changed, and of how many comparisons."""
+    rows = [row for row in measured.result("parity")["rows"] if row["dtype"] != "float64" and row["verdict"] != "cannot"]
+    return f"{sum(row['flips'] for row in rows)} tokens in all {len(rows)} comparisons of float32 and bfloat16"
 
 
 def parity() -> str:
@@ -171,6 +191,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "example-inputs": example_inputs,
     "example-scores": example_scores,
     "example-assignments": example_assignments,
+    "layer-by-hand": byhand.layer,
+    "register-tile": native.tile_picture,
     "preset-sizes": preset_sizes,
     "granularity": granularity,
     "routers": routers,

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import sources
-from layout import digits, markdown
+from layout import definitions, digits, markdown, tabs
 
 from optimized.benchmarks import verdicts
 from optimized.benchmarks.journal import revive
@@ -27,7 +27,8 @@ def result() -> Json:
     return revive(json.loads((sources.ROOT / RESULT).read_text(encoding="utf-8")))
 
 
-def _own(measurement: Json, name: str = OURS) -> Json:
+def candidate(measurement: Json, name: str = OURS) -> Json:
+    """Its row of a measurement."""
     return next(row for row in measurement["candidates"] if row["name"] == name)
 
 
@@ -36,18 +37,19 @@ def _size(count: float | None) -> str:
 
 
 def speeds(mode: str, threads: int = 1) -> str:
-    """Every measurement of a mode: time, fraction of the limit, and times the best peer; in bold where somebody else is faster."""
-    rows = []
+    """Every measurement of a mode, a tab for each shape: time, fraction of the limit, and times the best peer; bold where it is faster."""
+    rows: dict[str, list[list[str]]] = {}
     for one in result()["measurements"]:
         if one["mode"] == mode and (one["threads"] > 1) == (threads > 1):
-            own, peer = _own(one), verdicts.best_peer(one)
-            times = [] if peer is None else [digits(peer["times_ours"].median, 2), peer["name"]]
-            if times and peer["times_ours"].median < 1:  # type: ignore[index]
+            own, peer = candidate(one), verdicts.best_peer(one)
+            times = ["–", "–"] if peer is None else [digits(peer["times_ours"].median, 2), peer["name"].replace("_", "\\_")]
+            if peer is not None and peer["times_ours"].median < 1:
                 times[0] = f"**{times[0]}**"
             milliseconds, fraction = own["milliseconds"].median, own["fraction"].median
-            cells = one["tokens"], DTYPES[one["dtype"]], digits(milliseconds, 2), digits(fraction, 2), *(times or ("–", "–"))
-            rows.append([one["shape"], *cells])
-    return markdown(["shape", "T", "dtype", "ms", "of the limit", "× best peer", "best peer"], rows)
+            cells = digits(one["tokens"], 0), DTYPES[one["dtype"]], digits(milliseconds, 2), digits(fraction, 2), *times
+            rows.setdefault(one["shape"], []).append([*cells])
+    header = ["T", "dtype", "ms", "of the limit", "× best peer", "best peer"]
+    return tabs({shape: markdown(header, own) for shape, own in rows.items()})
 
 
 def summary() -> str:
@@ -58,37 +60,39 @@ def summary() -> str:
     for one in chosen:
         peer = verdicts.best_peer(one)
         times = "–" if peer is None else digits(peer["times_ours"].median, 1)
-        cells.setdefault((one["shape"], one["mode"]), {})[one["tokens"]] = f"{digits(_own(one)['fraction'].median, 2)} · {times}×"
+        cells.setdefault((one["shape"], one["mode"]), {})[one["tokens"]] = f"{digits(candidate(one)['fraction'].median, 2)} · {times}×"
     rows = [[f"{shape}, {mode}", *(row.get(count, "–") for count in tokens)] for (shape, mode), row in cells.items()]
     return markdown(["of the limit · × best peer", *(f"T = {count:,}" for count in tokens)], rows)
 
 
 def memory() -> str:
-    """What a forward keeps for its backward and how far the process grows in a step, ours beside grouped_mm, in MiB."""
-    rows = []
+    """What a forward keeps for its backward and how far the process grows in a step, in MiB, ours beside grouped_mm; a tab a shape."""
+    rows: dict[str, list[list[str]]] = {}
     for one in result()["measurements"]:
         if one["mode"] == MODES[1] and one["threads"] == 1 and one["tokens"] >= 1024:
-            pair = [_own(one), next((row for row in one["candidates"] if row["name"] == RIVAL), {})]
+            pair = [candidate(one), next((row for row in one["candidates"] if row["name"] == RIVAL), {})]
             saved = [row.get("saved_bytes") for row in pair]
             share = digits(saved[0] / saved[1], 2) if all(saved) else "–"
             peaks = [_size(row.get("peak_bytes")) for row in pair]
-            rows.append([one["shape"], one["tokens"], DTYPES[one["dtype"]], *map(_size, saved), share, *peaks])
-    header = ["shape", "T", "dtype", "kept, ours", "kept, grouped_mm", "share", "growth, ours", "growth, grouped_mm"]
-    return markdown(header, rows)
+            cells = digits(one["tokens"], 0), DTYPES[one["dtype"]], *map(_size, saved), share, *peaks
+            rows.setdefault(one["shape"], []).append([*cells])
+    header = ["T", "dtype", "kept, ours", "kept, theirs", "share", "growth, ours", "growth, theirs"]
+    return tabs({shape: markdown(header, own) for shape, own in rows.items()})
 
 
 def sweep(name: str) -> str:
-    """One thing varied: our time and grouped_mm's, each as a multiple of its own first, and what the tokens touch."""
-    rows = []
+    """One thing varied, a tab for each mode: our time and grouped_mm's, each as a multiple of its own first, and what the tokens touch."""
+    rows: dict[str, list[list[str]]] = {}
     for one in (one for one in result()["sweeps"] if one["sweep"] == name):
         by = {(row["name"], row["at"]): row for row in one["rows"]}
         for at in dict.fromkeys(row["at"] for row in one["rows"]):
             own, rival = by[OURS, at], by.get((RIVAL, at))
             others = ["–", "–"] if rival is None else [digits(rival["milliseconds"].median, 2), digits(rival["times_first"].median, 2)]
-            touched = own["touched_experts"], _size(own["touched_bytes"] / own["tokens"])
-            rows.append([at, one["mode"], digits(own["milliseconds"].median, 2), digits(own["times_first"].median, 2), *others, *touched])
-    header = ["", "mode", "ours, ms", "× first", "grouped_mm, ms", "× first", "experts touched", "MiB a token"]
-    return markdown(header, rows)
+            touched = own["touched_experts"], digits(own["touched_bytes"] / own["tokens"] / 2**10, 0)
+            cells = digits(own["milliseconds"].median, 2), digits(own["times_first"].median, 2), *others, *touched
+            rows.setdefault(one["mode"], []).append([at.replace(" ", "\u00a0"), *cells])
+    header = ["", "ours, ms", "× first", "theirs, ms", "× first", "experts touched", "KiB a token"]
+    return tabs({mode: markdown(header, own) for mode, own in rows.items()})
 
 
 def goals() -> str:
@@ -99,16 +103,18 @@ def goals() -> str:
         reached = sum(verdict.verdict in ("reached", "beyond") for verdict in own)
         worst = min(own, key=lambda v: v.must / v.value if v.smaller else v.value / v.must)
         kind = "at most" if worst.smaller else "at least"
-        rows.append([measure, f"{reached} of {len(own)}", digits(worst.value, 2), f"{kind} {worst.must:g}", worst.where])
-    return markdown(["", "reached", "farthest", "must", "where"], rows)
+        rows.append([measure, f"{reached} of {len(own)}", f"{digits(worst.value, 2)} and must be {kind} {worst.must:g}: {worst.where}"])
+    return markdown(["goal", "reached", "the farthest from it"], rows, numbers=False)
 
 
 def missed() -> str:
-    """Every goal that is not reached, the farthest first."""
+    """Every goal that is not reached, a tab for each kind, the farthest first."""
     found = [verdict for verdict in verdicts.verdicts(result()) if verdict.verdict in ("missed", "far under")]
     found.sort(key=lambda v: v.must / v.value if v.smaller else v.value / v.must)
-    rows = [[v.where, v.measure, digits(v.value, 2), f"{v.must:g}"] for v in found]
-    return markdown(["where", "measure", "value", "must"], rows) if rows else "None."
+    rows: dict[str, list[list[str]]] = {}
+    for v in found:
+        rows.setdefault(v.measure, []).append([v.where, digits(v.value, 2), f"{v.must:g}"])
+    return tabs({measure: markdown(["where", "value", "must"], own) for measure, own in rows.items()}) or "None."
 
 
 def losses() -> str:
@@ -127,10 +133,10 @@ def facts() -> str:
         ["our kernel", machine["native"]],
         ["versions", ", ".join(f"{name} {version}" for name, version in {"Python": machine["python"], **machine["versions"]}.items())],
         ["settings", ", ".join(f"`{name}={value}`" for name, value in settings.items()) or "none"],
-        ["load average before, after", f"{loads['before']}, {loads['after']}"],
+        ["load average", f"{' '.join(map(str, loads['before']))} before, {' '.join(map(str, loads['after']))} after"],
         ["measurements", f"{len(data['measurements'])} and {len(data['sweeps'])} sweeps in {digits(data['seconds'], 0)} s"],
     ]
-    return markdown(["", ""], rows, numbers=False)
+    return definitions(rows)
 
 
 def sizes(name: str) -> str:

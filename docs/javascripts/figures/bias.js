@@ -44,10 +44,10 @@ export default {
     const y = (v) => 150 - (130 * v) / top;
     const path = line.map((v, i) => `${i ? "L" : "M"}${x(i).toFixed(1)} ${y(v).toFixed(1)}`).join("");
     const ticks = range(Math.floor(top) + 1).map((v) => `<line class="moe-axis" x1="34" x2="350" y1="${y(v)}" y2="${y(v)}"/><text class="moe-small" x="28" y="${y(v) + 4}" text-anchor="end">${v}</text>`);
-    const cells = bias.map((b, e) => `<td>${fixed(b, 3)}</td>`).join("");
-    const last = loads.at(-1).map((n) => `<td>${n}</td>`).join("");
+    const most = Math.max(...loads.at(-1));
+    const columns = loads.at(-1).map((n, e) => `<div class="moe-column"><span>${n}</span><div class="moe-stack"><div class="moe-kept-bar" style="height:${((80 * n) / most).toFixed(1)}px"></div></div><span>${e + 1}</span><span class="moe-note">${fixed(bias[e])}</span></div>`);
     return `<svg viewBox="0 0 360 176" aria-hidden="true">${ticks.join("")}<path class="moe-curve moe-e0" d="${path}"/><text class="moe-small" x="34" y="14">MaxVio, mean of four steps</text><text class="moe-small" x="350" y="170" text-anchor="end">step ${steps}</text></svg>
-<div class="moe-scroll"><table class="moe-grid"><thead><tr><th scope="col">expert</th>${bias.map((_, e) => `<th scope="col">${e + 1}</th>`).join("")}</tr></thead><tbody><tr><th scope="row">bias</th>${cells}</tr><tr><th scope="row">last load</th>${last}</tr></tbody></table></div>`;
+<div class="moe-columns">${columns.join("")}</div><p class="moe-note">load of ${bias.length} experts at the last step; under each expert its bias</p>`;
   },
   describe({ violation, loads }) {
     const end = violation.slice(-16);

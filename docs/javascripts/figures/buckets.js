@@ -15,7 +15,7 @@ export default {
   defaults: ({ expert }) => ({ factor: 1, order: "choice_major", step: expert.flat().length }),
   valid: ({ order, step, factor }, { expert }) => (order === "choice_major" || order === "token_major") && factor > 0 && step >= 0 && step <= expert.flat().length,
   controls: ({ expert }) => [
-    { key: "step", label: "Assignments served", min: 0, max: expert.flat().length, step: 1, show: (n) => `${n} of ${expert.flat().length}` },
+    { key: "step", label: "Assignments served", min: 0, max: expert.flat().length, step: 1, show: (n) => `${n} / ${expert.flat().length}` },
     { key: "factor", label: "Capacity factor", min: 0.25, max: 2, step: 0.25, show: (value) => fixed(value, 2) },
     { key: "order", label: "Served first", options: [["choice_major", "all first choices"], ["token_major", "earlier words"]] },
   ],

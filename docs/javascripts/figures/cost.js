@@ -16,7 +16,7 @@ const card = (name, parts, result, widest) => {
   const rows = Object.entries(parts).filter(([, [stored]]) => stored).map(([part, [stored, met]]) => `<tr><th scope="row">${part.replaceAll("_", " ")}</th><td>${inBillions(stored)}</td><td>${inBillions(met)}</td></tr>`);
   return `<div class="moe-card"><strong>${escapeHtml(name)}</strong>
 <div class="moe-double"><div class="moe-all-bar" style="width:${(100 * result.total / widest).toFixed(2)}%"></div><div class="moe-active-bar" style="width:${(100 * result.active / widest).toFixed(2)}%"></div></div>
-<span class="moe-note">stored ${gigabytes(result.totalBytes)}, met by a token ${gigabytes(result.activeBytes)}, ${fixed(100 * result.share, 1)} %</span>
+<span class="moe-note">stored ${gigabytes(result.totalBytes)}, met by a token ${gigabytes(result.activeBytes)}, ${fixed(100 * result.share, 1)} %</span>
 <div class="moe-scroll"><table class="moe-grid"><thead><tr><th scope="col">10⁹ parameters</th><th scope="col">stored</th><th scope="col">active</th></tr></thead><tbody>${rows.join("")}<tr class="moe-row"><th scope="row">all</th><td>${inBillions(result.total)}</td><td>${inBillions(result.active)}</td></tr></tbody></table></div></div>`;
 };
 

@@ -99,7 +99,7 @@ function followed(result, { step, view, word }, { words, experts }) {
   return ` “${words[word]}” is ${own.map((n) => `${place(result, n, experts)} with gate ${fixed(result.gate[n], 3)}`).join(" and ")}.`;
 }
 
-const CAPACITIES = [[0, "none: nobody is dropped"], [1, "factor 1"], [1.5, "factor 1.5"], [2, "factor 2"]];
+const CAPACITIES = [[0, "none: nobody is dropped"], [0.5, "factor ½"], [1, "factor 1"], [1.5, "factor 1.5"], [2, "factor 2"]];
 
 export default {
   title: "There and back: a permutation",

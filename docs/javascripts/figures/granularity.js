@@ -25,8 +25,8 @@ export function compute({ logCut, shared, tokens }, { experts, topK, width, dMod
 
 const millions = (count) => fixed(count / 1e6, 1);
 
-/** Ten to this power as a reader says it: 120, or 10 to the 14. */
-const spoken = (power) => (power < 6 ? Math.round(10 ** power).toLocaleString("en") : `about 10^${fixed(power, 0)}`);
+/** Ten to this power as a sentence says it: 120, or about 10¹⁴. */
+const spoken = (power) => (power < 6 ? Math.round(10 ** power).toLocaleString("en") : `about 10${[...fixed(power, 0)].map((digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]).join("")}`);
 const written = (power) => (power < 6 ? spoken(power) : `≈ 10<sup>${fixed(power, 0)}</sup>`);
 
 const drawing = ({ routed, chosen }, { shared }) => {

@@ -8,7 +8,7 @@ const minus = (a, b) => a.map((v, i) => v - b[i]);
 const swapped = (row, width) => [...row.slice(width, 2 * width), ...row.slice(0, width), ...row.slice(2 * width)];
 
 const CANDIDATES = {
-  honest: "rounded to bfloat16",
+  honest: "computed in bfloat16",
   zero: "all zeros",
   negated: "the wrong sign",
   scaled: "4 % too large",
@@ -44,6 +44,8 @@ export default {
     .map(([name, one]) => `<tr><th scope="row">${CANDIDATES[name]}</th>${lamp(one.allclose, name === "honest")}${lamp(one.policy, name === "honest")}</tr>`).join("")}</tbody></table></div>`,
   describe(result) {
     const through = Object.keys(result).filter((name) => name !== "honest" && result[name].allclose).map((name) => CANDIDATES[name]);
-    return `With this fixed tolerance the honest answer ${result.honest.allclose ? "passes" : "fails"}, and ${through.length ? `so ${through.length === 1 ? "does" : "do"} ${through.join(", ")}` : "no wrong one passes"}. The policy accepts only the honest one.`;
+    const one = through.length === 1;
+    const others = !through.length ? ", and no wrong one passes" : result.honest.allclose ? `, and so ${one ? "does" : "do"} ${through.join(", ")}` : `, but ${through.join(", ")} ${one ? "passes" : "pass"}`;
+    return `With this fixed tolerance the honest answer ${result.honest.allclose ? "passes" : "fails"}${others}. The policy accepts only the honest one.`;
   },
 };

@@ -42,11 +42,11 @@ export default {
   controls: ({ words }) => [
     { key: "word", label: "Word", options: words.map((text, t) => [t, `${t + 1} ${text}`]) },
     { key: "company", label: "In the batch", options: [["batch", "all eight words, as in training"], ["alone", "this word alone, as in generation"]] },
-    { key: "step", label: "Step", min: 0, max: STEPS.length - 1, step: 1, show: (value) => `${value + 1} of ${STEPS.length}: ${STEPS[value].name}` },
+    { key: "step", label: "Step", min: 0, max: STEPS.length - 1, step: 1, show: (value) => `${value + 1} of ${STEPS.length}` },
   ],
   compute,
   picture: (result, { step }, data) => {
-    const trail = range(STEPS.length).map((i) => `<li class="moe-chip${i === step ? " moe-now" : i > step ? " moe-empty" : ""}">${STEPS[i].name} <span class="moe-small">${STEPS[i].shape}</span></li>`);
+    const trail = range(STEPS.length).map((i) => `<li><button type="button" data-set="step=${i}" class="moe-chip${i === step ? " moe-now" : i > step ? " moe-empty" : ""}"${i === step ? ' aria-current="step"' : ""}>${STEPS[i].name} <span class="moe-small">${STEPS[i].shape}</span></button></li>`);
     return `<ol class="moe-trail">${trail.join("")}</ol>${STEPS[step].draw(result, data)}`;
   },
   describe: (result, { word, step }, data) => `“${data.words[word]}”, step ${step + 1}, ${STEPS[step].name}. ${STEPS[step].tell(result, data)}`,

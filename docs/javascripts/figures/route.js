@@ -48,15 +48,15 @@ export default {
   valid: ({ word, topK: count, order }, { words, experts }) => words[word] !== undefined && count >= 1 && count <= experts.length && order in { choice_major: 1, token_major: 1 },
   controls: ({ words, experts }, state) => [
     { key: "word", label: "Word", options: words.map((text, t) => [t, `${t + 1} ${text}`]) },
+    { key: "topK", label: "Experts per token, K", min: 1, max: experts.length, step: 1 },
+    { key: "factor", label: "Capacity factor", min: 0.25, max: 2, step: 0.25, show: (value) => fixed(value, 2) },
+    { key: "order", label: "Served first", options: [["choice_major", "all first choices"], ["token_major", "earlier words"]] },
     ...experts.map((text, e) => ({
       key: `z${e}`, label: `Logit of “${text}”`, min: -3, max: 3, step: 0.1,
       get: ({ logits, word }) => logits[word * experts.length + e],
       set: (old, value) => ({ ...old, logits: replaceAt(old.logits, old.word * experts.length + e, value) }),
       show: (value) => fixed(value, 1),
     })),
-    { key: "topK", label: "Experts per token, K", min: 1, max: experts.length, step: 1 },
-    { key: "factor", label: "Capacity factor", min: 0.25, max: 2, step: 0.25, show: (value) => fixed(value, 2) },
-    { key: "order", label: "Served first", options: [["choice_major", "all first choices"], ["token_major", "earlier words"]] },
   ],
   compute,
   picture,

@@ -25,11 +25,9 @@ export function compute(state, data) {
   };
 }
 
-const ENDS = ["about the domain", "about the byte", "about the position"];
-
 function chart({ curve, band }, { checkpoint }, steps) {
   const top = Math.max(0.1, ...curve.flat(), ...band);
-  const x = (i) => 34 + (222 * i) / Math.max(1, steps.length - 1);
+  const x = (i) => 34 + (272 * i) / Math.max(1, steps.length - 1);
   const y = (v) => 150 - (128 * Math.max(v, 0)) / top;
   const path = (row) => row.map((v, i) => `${i ? "L" : "M"}${x(i).toFixed(1)} ${y(v).toFixed(1)}`).join("");
   const lines = LABELS.map((_, k) => `<path class="moe-curve moe-e${k}" d="${path(curve.map((row) => row[k]))}"/>`);
@@ -39,11 +37,11 @@ function chart({ curve, band }, { checkpoint }, steps) {
   const heights = [];
   places.forEach((k, i) => { heights[k] = Math.max(y(last[k]) + 4, i ? heights[places[i - 1]] + 13 : 0); });
   const over = Math.max(0, Math.max(...heights) - 156);
-  const names = LABELS.map((_, k) => `<text class="moe-small moe-fill moe-e${k}" x="${x(steps.length - 1) + 6}" y="${(heights[k] - over).toFixed(1)}">${ENDS[k]}</text>`);
+  const names = LABELS.map((_, k) => `<text class="moe-small moe-fill moe-e${k}" x="${x(steps.length - 1) + 6}" y="${(heights[k] - over).toFixed(1)}">${LABELS[k]}</text>`);
   const ticks = [0, top / 2, top].map((v) => `<line class="moe-axis" x1="34" x2="${x(steps.length - 1)}" y1="${y(v).toFixed(1)}" y2="${y(v).toFixed(1)}"/><text class="moe-small" x="28" y="${(y(v) + 4).toFixed(1)}" text-anchor="end">${fixed(v, 2)}</text>`);
   const under = steps.map((step, i) => `<text class="moe-small${i === checkpoint ? " moe-strong" : ""}" x="${x(i).toFixed(1)}" y="168" text-anchor="middle">${step}</text>`);
   return `<svg viewBox="0 0 372 190" aria-hidden="true">${ticks.join("")}<line class="moe-slot" x1="${x(checkpoint).toFixed(1)}" x2="${x(checkpoint).toFixed(1)}" y1="16" y2="154"/>
-<path class="moe-curve moe-e0" stroke-dasharray="2 4" d="${path(band)}"/>${lines.join("")}${names.join("")}${under.join("")}<text class="moe-small" x="34" y="11">bits that the expert tells, beyond chance</text><text class="moe-small" x="34" y="185">training step; dotted: what chance reaches for the domain</text></svg>`;
+<path class="moe-curve moe-e0" stroke-dasharray="2 4" d="${path(band)}"/>${lines.join("")}${names.join("")}${under.join("")}<text class="moe-small" x="34" y="11">bits that the expert tells about a label, beyond chance</text><text class="moe-small" x="34" y="185">training step; dotted: what chance reaches for the domain</text></svg>`;
 }
 
 const percent = (share) => `${Math.round(100 * share)}`;
