@@ -140,6 +140,12 @@ def test_c_function_is_cut_with_the_comment_before_it():
     found = native.find("first_row_of")
     assert found.path == "optimized/native/moe.c" and found.text.startswith("/* The rows of an expert") and found.text.endswith("\n}")
     assert (native.ROOT / found.path).read_text(encoding="utf-8").splitlines()[found.line - 1] == found.text.splitlines()[0]
+    wide, shown = native.find("weight_rows"), native.shown("weight_rows")
+    comments = [text.partition("*/")[0] for text in (wide.text, shown.text)]
+    assert max(map(len, comments[0].splitlines())) > native.COLUMNS + 3 >= max(map(len, comments[1].splitlines()))
+    assert comments[0].replace(" *", "").split() == comments[1].replace(" *", "").split()
+    assert wide.text.partition("*/")[2] == shown.text.partition("*/")[2] and "\n *\n" in comments[1]
+    assert native.shown("up_item") == native.find("up_item")
     assert native.constant("PAST_BYTES") == 8 << 20 and native.stripes("neon") == (4, 4)
     for call in (lambda: native.constant("NOTHING"), lambda: native.stripes("nothing")):
         with pytest.raises(ValueError, match=r"nothing|NOTHING"):

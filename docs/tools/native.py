@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from functools import lru_cache
 
 import pictures
@@ -11,6 +12,8 @@ from sources import ROOT
 
 FOLDER = ROOT / "optimized/native"
 BOX = 9
+COLUMNS = 82
+"""What a page shows of a line without scrolling; a comment that is cut cannot be read while scrolling."""
 
 
 def find(name: str) -> sources.Source:
@@ -26,6 +29,17 @@ def find(name: str) -> sources.Source:
         )
     path, match = found[0]
     return sources.Source(path.relative_to(ROOT).as_posix(), match.string.count("\n", 0, match.start()) + 1, match[0])
+
+
+def shown(name: str) -> sources.Source:
+    """A function as a page shows it: the comment before it goes on in as many lines as it needs."""
+    found = find(name)
+    comment, end, code = found.text.partition(" */\n")
+    if not end or not comment.startswith("/* "):
+        return found
+    paragraphs = (part.replace("\n *", "") for part in comment.removeprefix("/* ").split("\n *\n *"))
+    lines = (textwrap.fill(part.strip(), COLUMNS, subsequent_indent=" * ", break_on_hyphens=False) for part in paragraphs)
+    return found._replace(text="/* " + "\n *\n * ".join(lines) + end + code)
 
 
 @lru_cache(maxsize=16)

@@ -51,7 +51,7 @@ class Page:
         self.directives: dict[str, Callable[[str], str]] = {
             "source": lambda names: block(*(sources.find(name) for name in names.split())),
             "code": lambda names: block(*(sources.find(name, docstring=False) for name in names.split())),
-            "c": lambda names: block(*map(native.find, names.split()), language="c"),
+            "c": lambda names: block(*map(native.shown, names.split()), language="c"),
             "equation": self.equation,
             "bug": self.bug,
             "table": lambda name: tables.get(name),
