@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from reference.config import require
-from reference.proof.cases import Case
+from reference.proof.cases import CASES, Case
 from reference.proof.equal import Report, compare_all
 from reference.proof.parity import cancellation_scales, layer_truth
 
-from . import expert_parallel, ladder, layer  # noqa: F401 (their contracts)
+from . import backends, expert_parallel, ladder, layer  # noqa: F401 (their contracts)
 from .comparison import case_inputs, rounded_to, teeth
-from .contracts import Contract
+from .contracts import CONTRACTS, Contract
 from .expert_parallel.pair import pair
 from .experts_proof import experts_outputs, prove_experts, require_good
 from .route_proof import prove_route
 from .yardstick import eager_outputs
 
-__all__ = ["PROOFS", "experts_outputs", "prove"]
+__all__ = ["CONTRACTS", "PROOFS", "experts_outputs", "prove", "why_not"]
 
 
 def _prove_parallelize(function: Callable, case: Case, dtype: str, device: str) -> list[Report]:
@@ -54,3 +56,11 @@ def prove(promise: Contract, case: Case, dtype: str, device: str = "cpu") -> lis
     require(dtype in promise.dtypes, f"{promise.name} promises nothing in {dtype!r}, only in {', '.join(promise.dtypes)}")
     require(promise.equals in PROOFS, f"nothing proves equality with {promise.equals!r}; known: {', '.join(PROOFS)}")
     return PROOFS[promise.equals](promise.function, case, dtype, device)
+
+
+def why_not(promise: Contract, dtype: str, device: str = "cpu") -> str | None:
+    """Why the backend of a contract cannot run on this machine's device in this dtype, or None."""
+    if promise.backend == backends.AUTO:
+        return None
+    kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    return backends.why_not(promise.backend, torch.device(device), kind, CASES[0].config())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from conftest import REPOSITORY
 
 from optimized import cli, comparison, tracks
 from optimized.commands import COMMANDS
+from optimized.contracts import CONTRACTS
+from optimized.torch_backend import apply_experts as torch_apply_experts
 from reference import presets
 from reference.autograd import MoE
 from reference.autograd.checkpoints import export
@@ -81,6 +85,20 @@ def read_json(path: Path) -> dict[str, Any]:
         ("sample --checkpoint {model} --seed -1", "seed is -1"),
         ("sample --checkpoint {model} --seed 99999999999999999999", "seed is 99999999999999999999"),
         ("sample --checkpoint {model} --top-p 2", "2"),
+        ("inspect --checkpoint {directory}/none.safetensors", "none.safetensors"),
+        ("inspect --checkpoint {directory}", "{directory} holds no checkpoint"),
+        ("inspect --checkpoint {model} --windows 0", "--windows is 0"),
+        ("plan --preset gpt", "'gpt'"),
+        ("plan --config {broken}", "broken.json"),
+        ("plan --tokens 1,many", "--tokens is '1,many'"),
+        ("plan --ranks 8,0", "--ranks is '8,0'"),
+        ("plan --context 0", "context is 0"),
+        ("plan --dtype int3", "'int3'"),
+        ("conformance --backend gpu", "'gpu'"),
+        ("conformance --backend native --dtypes float64", "'native' promises nothing in float64"),
+        ("conformance --dtypes float12", "'float12'"),
+        ("conformance --cases tile,nope", "'nope'"),
+        ("conformance --device abacus", "'abacus'"),
         ("tour --seconds -3", "-3"),
         ("tour --out {directory}", "{directory}"),
         ("status --docs {directory}/nowhere", "nowhere"),
@@ -304,3 +322,48 @@ def test_a_narrow_terminal_folds_text_and_cuts_no_number(monkeypatch: pytest.Mon
     printed = capsys.readouterr().out
     assert "…" not in printed and max(map(len, printed.splitlines())) <= 60
     assert printed.count("bfloat16") > 3 and "yardstick" in printed
+
+
+def test_plan_of_a_file_is_that_of_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, out = tmp_path / "config.json", tmp_path / "plan.json"
+    config.write_text(json.dumps({"model": presets.model("mixtral-8x7b").to_dict()}), encoding="utf-8")
+    words = ["plan", "--config", str(config), "--tokens", "1,7", "--ranks", "2", "--json", str(out)]
+    assert cli.run(words) == cli.GOOD
+    data, printed = read_json(out), capsys.readouterr().out
+    assert [one["tokens"] for one in data["steps"]] == [1, 7] and [one["ranks"] for one in data["ranks"]] == [2]
+    assert data["parameters"]["all"] == {"total": 46_702_792_704, "active": 12_879_925_248}
+    assert "46.70 B" in printed and "12.88 B" in printed and "93.41" in printed
+
+
+def test_plan_of_a_dense_model_has_no_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan", "--preset", "dense"]) == cli.GOOD
+    assert "all dense" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "soft-moe-s16-128", "expert-choice-8b-64e", "moe-plus-plus-7b", "dense"])
+def test_inspect_takes_every_kind_of_router(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    path, out = export(tmp_path / "model.safetensors", LanguageModel(presets.model(name, tiny=True))), tmp_path / "found.json"
+    assert cli.run(["inspect", "--checkpoint", str(path), "--windows", "1", "--json", str(out)]) == cli.GOOD
+    data, printed = read_json(out), capsys.readouterr().out
+    model = presets.model(name, tiny=True)
+    layers = [str(layer) for layer in range(model.layers) if model.is_moe(layer)]
+    assert list(data["layers"]) == list(data["routing"]) == layers
+    assert all(7 < bits < 10 for bits in data["heldout"].values()), "a model that nobody trained knows nothing about a byte"
+    assert ("MaxVio" in printed) == bool(layers)
+
+
+def test_conformance_finds_a_broken_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def scaled(x_TD, routing, params, config):
+        return torch_apply_experts(x_TD, routing, params, config) * 1.02
+
+    promise = CONTRACTS["optimized.torch_backend.apply_experts"]
+    planted = replace(promise, name="optimized.planted.apply_experts", function=scaled)
+    monkeypatch.setitem(CONTRACTS, planted.name, planted)
+    out = tmp_path / "found.json"
+    words = ["conformance", "--backend", "torch", "--dtypes", "float64,float32", "--cases", "drops", "--json", str(out)]
+    assert cli.run(words) == cli.NOT_GOOD
+    verdicts = {(row["function"], row["dtype"]): row["verdict"] for row in read_json(out)["rows"]}
+    assert verdicts[planted.name, "float64"] == verdicts[planted.name, "float32"] == "broken"
+    assert verdicts[promise.name, "float64"] == verdicts[promise.name, "float32"] == "equal"
+    assert re.search(r"planted.apply_experts: float64, case drops: y", " ".join(capsys.readouterr().out.split()))

@@ -25,12 +25,6 @@ FEW_CASES = ("few-tokens", "empty-experts", "drops", "gelu-bias", "swiglu-bias")
 DTYPES = ("float64", "float32", "tf32", "bfloat16", "float16")
 
 
-def runs_here(promise: Contract, dtype: str) -> bool:
-    """Whether the contract's backend can run on this machine's CPU in this dtype."""
-    config, kind = CASES[0].config(), torch.float32 if dtype == "tf32" else getattr(torch, dtype)
-    return promise.backend == backends.AUTO or backends.why_not(promise.backend, CPU, kind, config) is None
-
-
 def cases_of(promise: Contract, dtype: str) -> tuple[Case, ...]:
     """All cases; a few where fp16 is emulated, a kernel interpreted (its own tests run them all), or a backend only picked."""
     few = dtype == "float16" or promise.backend in ("triton", backends.AUTO)
@@ -41,7 +35,7 @@ KEPT_HERE = [
     pytest.param(promise, dtype, case, id=f"{promise.name}-{dtype}-{case.name}")
     for promise in CONTRACTS.values()
     for dtype in DTYPES
-    if promise.equals in proofs.PROOFS and dtype in promise.dtypes and runs_here(promise, dtype)
+    if promise.equals in proofs.PROOFS and dtype in promise.dtypes and proofs.why_not(promise, dtype) is None
     for case in cases_of(promise, dtype)
 ]
 
@@ -58,7 +52,7 @@ def test_something_is_kept_here() -> None:
     kept = {(parameters.values[0].name, parameters.values[1]) for parameters in KEPT_HERE}
     assert {("optimized.torch_backend.apply_experts", dtype) for dtype in DTYPES if dtype != "tf32"} <= kept
     assert proofs.PROOFS.keys() >= {promise.equals for promise in CONTRACTS.values()}, "a promise that nothing proves"
-    if runs_here(CONTRACTS["optimized.triton_backend.route"], "float32"):
+    if proofs.why_not(CONTRACTS["optimized.triton_backend.route"], "float32") is None:
         assert {("optimized.triton_backend.route", "bfloat16"), ("optimized.triton_backend.apply_experts", "tf32")} <= kept
     assert ("optimized.layer.apply_experts", "bfloat16") in kept
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-COMMANDS = ("tour", "parity", "bench", "kernels", "train", "sample", "model", "status", "lab")
+COMMANDS = ("tour", "parity", "bench", "kernels", "train", "sample", "inspect", "plan", "conformance", "model", "status", "lab")
 
 
 class Result(NamedTuple):

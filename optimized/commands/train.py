@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import Result
+from ._config import read_config
 
 if TYPE_CHECKING:
     from reference.autograd.training import TrainConfig
@@ -26,25 +26,6 @@ def _read_preset(name: str) -> tuple[ModelConfig, dict[str, Any]]:
     if name != TOUR:
         return presets.model(name, tiny=True), {}
     return TOUR_MODEL, {**TOUR_TRAIN.to_dict(), "checkpoint_every": TOUR_TRAIN.evaluate_every}
-
-
-def _read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """(model, fields of TrainConfig) of a JSON file {"model": …, "train": …}."""
-    from reference.config import require
-    from reference.model_config import ModelConfig
-
-    require(path.is_file(), f"--config is {path}, which is no file")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"--config is {path}, which is no JSON that can be read: {error}") from error
-    require(isinstance(data, dict) and "model" in data, f'{path} must hold {{"model": …, "train": …}}, the second optional')
-    for key in data:
-        require(key in ("model", "train"), f"{path} has the unknown field {key!r}; known: model, train")
-    try:
-        return ModelConfig.from_dict(data["model"]), dict(data.get("train", {}))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds a model that cannot be read: {error}") from error
 
 
 def run(
@@ -73,7 +54,7 @@ def run(
     from ..tracks import fastest, select
 
     given = dict(zip(SETTINGS, (steps, batch, length, accumulation, lr, seed, dtype, checkpoint_every), strict=True))
-    model_config, settings = _read_preset(preset) if config is None else _read_config(config)
+    model_config, settings = _read_preset(preset) if config is None else read_config(config)
     settings |= {name: value for name, value in given.items() if value is not None}
     train_config = TrainConfig.from_dict(settings)
     chosen = fastest(model_config.moe, train_config.dtype) if track is None else select(track)[0]
