@@ -1,8 +1,8 @@
 """BASE layers: training solves an assignment problem, so that every expert has the same number of tokens, without a loss or a capacity.
 
 Source: Lewis et al. 2021 (BASE layers, arXiv 2103.16716), §3.
-Specific: the affinity of a token and an expert is a product of two vectors; of all ways to give each expert as many tokens, the one of the
-largest sum of affinities; the expert's output enters with a sigmoid of the affinity, which is all that teaches the vectors.
+Specific: an expert's logit, the paper's affinity, is a product of two vectors; of all ways to give each expert as many tokens, the one
+with the largest sum of logits; the expert's output enters with a sigmoid of its logit, which is all that teaches the vectors.
 Deviates: an expert here is one network; the paper stacks residual blocks, and its sum with the token is left to the block around it.
 """
 

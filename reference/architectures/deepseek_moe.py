@@ -1,7 +1,7 @@
 """DeepSeekMoE: finely segmented experts beside shared ones.
 
 Source: Dai et al. 2024 (DeepSeekMoE, arXiv 2401.06066), §3.2 and §3.3, eq. 9–17. DeepSeek-V2-Lite routes in the same way.
-Specific: the affinity is a softmax over the routed experts alone, and is not divided by the sum of the chosen; shared experts have no
+Specific: the scores are a softmax over the routed experts alone, and are not divided by the sum of the chosen; shared experts have no
 gate; N′ and K′ count routed experts only.
 """
 

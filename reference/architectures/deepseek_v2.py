@@ -3,7 +3,7 @@
 Source: DeepSeek-AI 2024 (DeepSeek-V2, arXiv 2405.04434), §2.2; the factor on the gates is in the released configuration.
 Specific: the experts of a device are a group; a token goes to the M groups that hold its best single experts, then to the top-K in them.
 Three losses: the load of experts, the load of devices, and how many tokens each device is sent.
-Deviates: the affinities outside are −∞ here and 0 in transformers, which is the same as long as they are probabilities. The paper
+Deviates: the scores outside are −∞ here and 0 in transformers, which is the same as long as they are probabilities. The paper
 computes its losses per sequence, here over the batch; its token drop is not in this recipe.
 """
 

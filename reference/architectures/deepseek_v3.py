@@ -1,8 +1,9 @@
-"""DeepSeek-V3 and R1: sigmoid affinities, and a bias that steers the choice without entering a gate.
+"""DeepSeek-V3 and R1: sigmoid scores, and a bias that steers the choice without entering a gate.
 
 Source: DeepSeek-AI 2024 (DeepSeek-V3, arXiv 2412.19437), §2.1.2, eq. 12–20; R1 is trained from it and has the same layer.
 Specific: experts judged one by one instead of against each other; the bias evens the load (`update_bias`, after each step), so that
-only a faint loss per sequence remains; a group is as good as its two best experts; gates of the unbiased affinities sum to the scale.
+only a faint loss per sequence remains; a group is as good as its two best experts; gates are the chosen scores without their bias, times the
+scale over their sum.
 Deviates: the 1e-20 under the gates is transformers'; the released inference code has none, and computes logits in bf16.
 """
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V4: V3's router with √softplus affinities and no groups; its first three layers choose by hash and still learn the gates.
+"""DeepSeek-V4: V3's router with √softplus scores and no groups; its first three layers choose by hash and still learn the gates.
 
 Source: DeepSeek-AI 2026 (DeepSeek-V4, arXiv 2606.19348), §2.1 and §4.2; the gates of hashed experts: its code in transformers.
 Specific: √softplus grows without bound where a sigmoid saturates; the bias steers the choice and enters no gate; a faint loss per sequence.

@@ -5,7 +5,7 @@ Specific: naive is a softmax over the K chosen logits, without any loss; noisy i
 load in training and 2.4 times in evaluation. Experts and routers have biases.
 Deviates: its gshard gate drops before it draws, so that a rejected second choice keeps its slot, and its capacity is rounded down; its
 switch gate adds uniform noise to the logits instead of multiplying the input, and counts f and P over the tokens that were kept; its
-noisy gate takes the unbiased variance, and a standard deviation of 0 in evaluation.
+noisy gate divides by E − 1 in the variance of its losses, and its noise has no spread in evaluation.
 """
 
 from __future__ import annotations

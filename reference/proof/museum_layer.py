@@ -117,12 +117,12 @@ def repeated_experts_count_twice(combine: Callable[[np.ndarray, np.ndarray], np.
 
 
 def train_step(x_TD: np.ndarray, params: Params, config: MoEConfig, rng: np.random.Generator | None = None) -> np.ndarray:
-    """The reference's output in training."""
+    """Draws noise, and so gives another output for each draw: right in training, a mistake where it also runs in evaluation."""
     return moe_forward(x_TD, params, config, training=True, rng=rng)[0].y
 
 
 def evaluate_output(x_TD: np.ndarray, params: Params, config: MoEConfig, rng: np.random.Generator | None = None) -> np.ndarray:
-    """The reference's output in evaluation."""
+    """The same output on every call."""
     return moe_forward(x_TD, params, config, rng=rng)[0].y
 
 
