@@ -2,8 +2,8 @@
 
 Source: DeepSeek-AI 2024 (DeepSeek-V3, arXiv 2412.19437), §2.1.2, eq. 12–20; R1 is trained from it and has the same layer.
 Specific: experts judged one by one instead of against each other; the bias evens the load (`update_bias`, after each step), so that
-only a faint loss per sequence remains; a group is as good as its two best experts; gates are the chosen scores without their bias, times the
-scale over their sum.
+only a faint loss per sequence remains; a group is as good as its two best experts; gates are the chosen scores without their bias, times
+the scale over their sum.
 Deviates: the 1e-20 under the gates is transformers'; the released inference code has none, and computes logits in bf16.
 """
 
