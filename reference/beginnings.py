@@ -161,7 +161,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def log_joint(model: Hierarchy, task: Task) -> np.ndarray:
-    """log P(g, i, y | x) of each leaf (hierarchy-joint): log g_g + log g_i|g + log N(y; μ_gi, σ²), [T, G, I]."""
+    """Log probability of each leaf and the target together (hierarchy-joint): log g_g + log g_i|g + log N(y; μ_gi, σ²), [T, G, I]."""
     x_TD, target_T = task.x_TD, task.target_T
     mean_TGI = np.einsum("td,gid->tgi", x_TD, model.expert)
     density_TGI = -0.5 * np.log(2 * np.pi * model.variance) - (target_T[:, None, None] - mean_TGI) ** 2 / (2 * model.variance)

@@ -19,7 +19,7 @@ def no_limit(factor: float, top_k: int, tokens: int, experts: int | Fraction) ->
 
 
 def per_assignment(factor: float, top_k: int, tokens: int, experts: int | Fraction) -> int:
-    """C = ⌈factor · K · S / E⌉ (capacity-per-assignment): factor 1 holds all assignments of an even load.
+    """Slots in proportion to the assignments (capacity-per-assignment): C = ⌈factor · K · S / E⌉; factor 1 holds all of an even load.
 
     Source: GShard, §2.2 (2S/E with K = 2); DeepSpeed, Megatron-LM, MegaBlocks, Tutel.
     """
@@ -27,7 +27,7 @@ def per_assignment(factor: float, top_k: int, tokens: int, experts: int | Fracti
 
 
 def per_token(factor: float, top_k: int, tokens: int, experts: int | Fraction) -> int:
-    """C = ⌈factor · S / E⌉, whatever K is (capacity-per-token).
+    """Slots in proportion to the tokens (capacity-per-token): C = ⌈factor · S / E⌉, whatever K is.
 
     Source: Switch Transformer, eq. 3 (there K = 1); mesh-tensorflow, flaxformer.
     Deviates: mesh-tensorflow rounds down and flaxformer to the nearest; the ceiling never drops from an even load at factor 1.

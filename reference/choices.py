@@ -110,7 +110,7 @@ def choose_by_hash(choice_TE: np.ndarray, config: GatingConfig, tokens: TokenInf
 
 
 def balanced_assignment(affinity_TE: np.ndarray, slots: int) -> np.ndarray:
-    """One expert for each token so that no expert has more than `slots` and Σ_t affinity is largest (balanced-assignment): [T] int64.
+    """One expert for each token, none with more than `slots`, so that the sum of affinities is largest (balanced-assignment): [T] int64.
 
     Exact up to 1e-12 of the largest affinity, by successive best paths: a token enters where it adds most, and a full expert hands the
     token over that loses least by moving on. Each step costs at most E rounds of E² sums.

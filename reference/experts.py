@@ -17,7 +17,7 @@ Params = dict[str, np.ndarray]
 
 
 def relu_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """h = max(u, 0) (act-relu): [N, F] → [N, F]. Gradient: du = dh where u > 0. Source: GShard; Switch Transformer."""
+    """ReLU (act-relu): h = max(u, 0), [N, F] → [N, F]. Gradient: du = dh where u > 0. Source: GShard; Switch Transformer."""
     return np.maximum(pre_NM, 0), pre_NM
 
 
@@ -27,7 +27,7 @@ def relu_backward(dhidden_NF: np.ndarray, cache: np.ndarray) -> np.ndarray:
 
 
 def relu2_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """h = max(u, 0)² (act-relu2): [N, F] → [N, F]. Gradient: du = 2 max(u, 0) dh. Source: So et al. 2021 (Primer)."""
+    """ReLU squared (act-relu2): h = max(u, 0)², [N, F] → [N, F]. Gradient: du = 2 max(u, 0) dh. Source: So et al. 2021 (Primer)."""
     return np.maximum(pre_NM, 0) ** 2, pre_NM
 
 
@@ -46,7 +46,7 @@ def normal_cdf(u: np.ndarray) -> np.ndarray:
 
 
 def gelu_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """h = u · Φ(u), the exact form (act-gelu): [N, F] → [N, F]. Gradient: du = dh (Φ(u) + u φ(u)).
+    """GELU in its exact form (act-gelu): h = u · Φ(u), [N, F] → [N, F]. Gradient: du = dh (Φ(u) + u φ(u)).
 
     Source: Hendrycks & Gimpel 2016. Deviates: GPT-2's tanh form is an approximation of it.
     """
@@ -67,7 +67,7 @@ class GatedCache(NamedTuple):
 
 
 def swiglu_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, GatedCache]:
-    """h = a σ(a) ⊙ u, a and u the first and the second half of the row (act-swiglu): [N, 2F] → [N, F].
+    """SwiGLU (act-swiglu): h = a σ(a) ⊙ u, a and u the first and the second half of the row; [N, 2F] → [N, F].
 
     Gradient: da = dh ⊙ u σ(a) (1 + a (1 − σ(a))), du = dh ⊙ a σ(a).
     Source: Shazeer 2020 (GLU variants).
@@ -84,7 +84,7 @@ def swiglu_backward(dhidden_NF: np.ndarray, cache: GatedCache) -> np.ndarray:
 
 
 def geglu_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, GatedCache]:
-    """h = a Φ(a) ⊙ u (act-geglu): [N, 2F] → [N, F].
+    """GEGLU (act-geglu): h = a Φ(a) ⊙ u, [N, 2F] → [N, F].
 
     Gradient: da = dh ⊙ u (Φ(a) + a φ(a)), du = dh ⊙ a Φ(a).
     Source: Shazeer 2020 (GLU variants). Deviates: T5 1.1 and the models after it compute Φ by GPT-2's tanh form.
@@ -103,7 +103,7 @@ CLAMP, STEEPNESS = 7.0, 1.702  # of gpt-oss
 
 
 def clamped_swiglu_forward(pre_NM: np.ndarray) -> tuple[np.ndarray, GatedCache]:
-    """h = a σ(1.702 a) ⊙ (u + 1), a clamped above at 7 and u on both sides (act-clamped-swiglu): [N, 2F] → [N, F].
+    """gpt-oss's SwiGLU (act-clamped-swiglu): h = a σ(1.702 a) ⊙ (u + 1), a clamped above at 7 and u on both sides; [N, 2F] → [N, F].
 
     Gradient: da = dh ⊙ (u + 1) σ (1 + 1.702 a (1 − σ)) where a ≤ 7, du = dh ⊙ a σ where |u| ≤ 7, else 0. A row of zeros gives 0.
     Source: OpenAI 2025 (gpt-oss model card), §2; the constants: its released code.

@@ -99,8 +99,9 @@ LOGIT_NOISE: dict[str, LogitNoise] = {
 
 
 def squared_variation(amount_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(CV² [], its gradient [E]) of an amount per expert (cv-squared): variance / (mean² + 1e-10); 0 for a single expert.
+    """How unevenly an amount is spread over the experts, as CV² (cv-squared): variance / (mean² + 1e-10); 0 for a single expert.
 
+    Shapes: the amount [E] → (CV² [], its gradient [E]).
     Gradient: 2 (a_e − m) / (E q) − 2 v m / (E q²), with mean m, population variance v and q = m² + 1e-10.
     Source: Shazeer et al. 2017, §4; tensor2tensor, which takes the population variance.
     Deviates: FastMoE divides by E − 1, which is NaN for one expert.

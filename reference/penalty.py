@@ -44,9 +44,10 @@ def loss_weights(config: MoEConfig, penalty: np.ndarray | None) -> dict[str, flo
 
 
 def update_penalty(penalty: np.ndarray, load_E: np.ndarray, tokens: int, config: MoEConfig) -> np.ndarray:
-    """The penalty [1] after one optimizer step (penalty-update): λ ← λ · α^sign(load / T − K): more while tokens use too many experts.
+    """The penalty after one optimizer step (penalty-update): λ ← λ · α^sign(load / T − K): more while tokens use too many experts.
 
-    Shapes: load [E] over the whole batch, all ranks and micro-batches; tokens: T, its real tokens → new penalty, in its dtype.
+    Shapes: penalty [1], load [E] over the whole batch, all ranks and micro-batches; tokens: T, its real tokens → new penalty [1], in
+    the old one's dtype.
     Source: Wang et al. 2024 (ReMoE), §3.3, with the sparsity S = 1 − load / (T E) against its target 1 − K / E; λ₀ = 1e-8, α = 1.2.
     Raises: ValueError for a load of another shape.
     """

@@ -10,6 +10,7 @@ sys.path.insert(0, str(REPOSITORY / "docs/tools"))
 
 # isort: off
 import build
+import calculations
 import components
 import docstrings
 import equations
@@ -30,6 +31,6 @@ import sources
 import tables
 
 __all__ = [
-    "build", "components", "docstrings", "equations", "figures", "finish", "generated", "kernels", "layout", "measured", "native",
-    "notebook_pages", "pictures", "plots", "readme", "render", "routed", "sources", "tables",
+    "build", "calculations", "components", "docstrings", "equations", "figures", "finish", "generated", "kernels", "layout", "measured",
+    "native", "notebook_pages", "pictures", "plots", "readme", "render", "routed", "sources", "tables",
 ]  # fmt: skip

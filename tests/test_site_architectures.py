@@ -54,6 +54,11 @@ def test_bars_are_as_long_as_the_numbers():
     np.testing.assert_allclose(widths, truth, atol=0.01)
 
 
+def test_names_of_few_models_stay_whole_in_the_head_of_their_table():
+    assert components.table(["gpt-oss-20b", "gpt-oss-120b"]).startswith("| parameters | `gpt-oss-20b`{ .moe-joined } | `gpt-oss-120b`{")
+    assert "moe-joined" not in components.table(["switch-base-128", "switch-c-2048", "switch-xxl-128"])
+
+
 def test_numbers_of_parameters_have_the_unit_that_suits_them():
     cases = {671.03e9: "671.0\u00a0B", 59.4e6: "59.4\u00a0M", 24_300: "24.3\u00a0K", 999: "999.0", 0: "–"}
     assert {count: components.scaled(count) for count in cases} == cases

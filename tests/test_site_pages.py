@@ -9,10 +9,12 @@ import pytest
 from conftest import REPOSITORY
 from site_tools import (
     build,
+    calculations,
     docstrings,
     equations,
     figures,
     finish,
+    generated,
     kernels,
     layout,
     native,
@@ -275,6 +277,21 @@ def test_equation_is_told_by_the_docstring_of_its_function(pages):
     assert "Gates that sum to 1: [`reference.gating.sum_normalizer_forward`][reference.gating.sum_normalizer_forward]. Lepikhin" in text
 
 
+def test_equation_that_a_sentence_names_is_a_link_where_its_id_can_be_nothing_else(pages):
+    assert equations.linked("that of `hash-table`, or of `softmax`") == "that of [`hash-table`][eq-hash-table], or of `softmax`"
+    assert "the table of [`hash-table`][eq-hash-table]" in pages["reference/equations/choices.md"]
+
+
+def test_every_function_of_an_equation_is_a_link(pages):
+    functions = {equation.function for equation in notation.EQUATIONS.values()}
+    assert [name for name in functions if not any(f"[`{name}`][{name}]" in text for text in pages.values())] == []
+
+
+def test_options_in_help_are_code(pages):
+    assert generated.with_options("With --out, or `--json`; well-known -- so.") == "With `--out`, or `--json`; well-known -- so."
+    assert not re.search(r"(?<!`)--\w", pages["reference/command-line.md"])
+
+
 def test_notebook_page_names_pages_by_their_titles_and_folds_hints():
     assert notebook_pages.prose("[docs/architectures/gshard.md](../docs/architectures/gshard.md)") == "[GShard](../architectures/gshard.md)"
     assert '??? tip "Hint 1"\n\n    Count.' in notebook_pages.prose("<details><summary>Hint 1</summary>Count.</details>")
@@ -283,6 +300,14 @@ def test_notebook_page_names_pages_by_their_titles_and_folds_hints():
 def test_tables_of_kernels_are_divided_by_target():
     told = tables.get("figures weight_gradient_kernel")
     assert re.findall(r'=== "(\w+)"', told) == ["sm80", "sm90", "sm100", "gfx942"] and "async copies" not in told.partition('"gfx942"')[2]
+
+
+def test_contract_of_a_kernel_marks_what_it_takes_with_its_shape():
+    told = tables.get("contract combine_kernel") + tables.get("contract project_up_kernel")
+    assert "out<sub>t</sub> = Σ<sub>k</sub> g<sub>tk</sub>" in told and "`PARTIAL[part, place of (t, k)]`" in told
+    assert "`OUT [T, D]` float" in told.replace("\N{NO-BREAK SPACE}", " ") and "(`max_tiles` · ⌈F / `BLOCK_COLUMNS`⌉)" in told
+    assert "M = 2F" in told and "T·K &lt; 2³¹" in told
+    assert not any("&lt;" in code or "\\" in code for code in re.findall("`([^`]*)`", told))
 
 
 @pytest.mark.parametrize("kernel", kernels.KERNELS)
@@ -297,6 +322,25 @@ def test_what_stands_right_at_a_formula_stays_with_it():
         kept, rest = re.fullmatch(r'<span class="moe-joined">(.*</span>[^ ]*)</span>(.*)', finish.joined(text)).groups()
         assert kept + rest == text and rest in ("", " y")
     assert finish.joined(f"a {formula} b") == f"a {formula} b"
+
+
+@pytest.mark.parametrize(
+    ("plain", "kept"),
+    [
+        ("With K\n= 8 of E = 256 experts", "With K~=~8 of E~=~256 experts"),
+        ("h<sub>e</sub> = 1 − p<sub>e</sub>, and T · K &lt; 2³¹.", "h<sub>e</sub>~=~1~−~p<sub>e</sub>, and T~·~K~&lt;~2³¹."),
+        ("0.2500 · 0.2640 + 0.2500 · 0.2106 = 0.1187", "0.2500~·~0.2640~+ 0.2500~·~0.2106~= 0.1187"),
+        ("⌈factor · K · S / E⌉ and x → logits → scores", "⌈factor~· K~·~S~/~E⌉ and x~→ logits~→ scores"),
+        ("(E − 1)(V − 1) / (2 N)", "(E~−~1)(V~− 1)~/~(2 N)"),
+        ('<a title="K = 8">2 / 3</a> = <code>a = b</code> · z', '<a title="K = 8">2~/~3</a>~= <code>a = b</code>~· z'),
+        ("<th>× best</th><pre>K = 8</pre>", "<th>×~best</th><pre>K = 8</pre>"),
+        ('<svg><text>K = 8</text></svg> <span class="arithmatex">\\(K = 8\\)</span>', None),
+        ("a line\n- with a dash = none", "a line\n- with a dash~= none"),
+    ],
+)
+def test_lines_end_behind_a_sign_and_short_calculations_are_whole(plain, kept):
+    expected = plain if kept is None else kept.replace("~", "\N{NO-BREAK SPACE}")
+    assert calculations.calculated(f"K = 8<article>{plain}</article>") == f"K = 8<article>{expected}</article>"
 
 
 def test_only_long_names_are_divided_and_behind_dots_and_underscores():

@@ -11,7 +11,7 @@
       script.onload = () => {
         const mermaid = window.mermaid;
         window.mermaid = standIn;
-        mermaid.initialize(settings);
+        mermaid.initialize({ ...settings, themeCSS: `${settings.themeCSS ?? ""} .labelBkg { background: none }` }); // its grey shows beside a label
         resolve(mermaid);
       };
       script.onerror = reject;

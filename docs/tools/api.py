@@ -4,7 +4,8 @@ from __future__ import annotations
 
 API = {
     "reference": [
-        "layer", "config", "routing", "scores", "noise", "gating", "choices", "capacity", "dispatch", "experts", "shared", "soft",
+        "layer", "config", "routing", "scores", "noise", "gating", "choices", "capacity", "dispatch", "experts", "expert_dropout",
+        "zero_computation", "shared", "soft",
         "balancing", "penalty", "model_config", "cost", "presets", "specialization", "overlap", "redundancy", "churn", "beginnings", "text",
     ],
     "reference.proof": ["equal", "teeth", "cases"],

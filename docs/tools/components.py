@@ -13,6 +13,8 @@ from reference.cost import Parameters, model_parameters, sum_parameters
 KINDS = {"routed experts": "moe-e0", "shared experts": "moe-e1", "dense networks": "moe-e3", "all else": "moe-e2"}
 """What the bars tell apart → its colour."""
 KIND_OF = {"routed_experts": "routed experts", "shared_experts": "shared experts", "dense_ffn": "dense networks"}
+WHOLE = 31
+"""Letters of all names of models in the head of a table up to which they stay whole: more do not fit on a phone."""
 UNITS = ((1e9, "B"), (1e6, "M"), (1e3, "K"), (1, ""))
 
 
@@ -63,7 +65,8 @@ def table(names: list[str]) -> str:
     rows = [[part.replace("_", " "), *(scaled(models[name][part].total) for name in names)] for part in used]
     rows.append(["**total**", *(f"**{scaled(sums[name].total)}**" for name in names)])
     rows.append(["**active for a token**", *(f"**{scaled(sums[name].active)}**" for name in names)])
-    return markdown(["parameters", *(f"`{name}`" for name in names)], rows)
+    whole = "{ .moe-joined }" if sum(map(len, names)) <= WHOLE else ""
+    return markdown(["parameters", *(f"`{name}`{whole}" for name in names)], rows)
 
 
 STORED_LABELS = {

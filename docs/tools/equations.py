@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from reference.notation import EQUATIONS
+
+NAMED = re.compile(r"`(" + "|".join(re.escape(name) for name in EQUATIONS if "-" in name) + r")`")
+"""An equation's id in a sentence; one without a hyphen may be the name of something else."""
 
 EQUATION_PAGES = {
     "scores": ("Equations: scores", ("scores", "noise")),
@@ -40,3 +45,8 @@ def equation_home(identifier: str) -> str:
     module = EQUATIONS[identifier].function.split(".")[1]
     page = next((page for page, (_, listed) in EQUATION_PAGES.items() if identifier in listed or module in listed), "measures")
     return f"reference/equations/{page}.md"
+
+
+def linked(text: str) -> str:
+    """Markdown in which the ids of equations lead to where they stand."""
+    return NAMED.sub(r"[\g<0>][eq-\1]", text)

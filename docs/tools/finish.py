@@ -2,7 +2,8 @@
 
 Formulas are drawn once and for all: pages then need KaTeX's style and fonts, but none of its 270 KB of JavaScript, and formulas stand there
 without scripts too. The fonts of their letters and digits are asked for at once, or lines would move when they arrive. And lines end where
-a reader would end them: not between a formula and its comma nor inside an option, and inside a long name behind a dot or an underscore.
+a reader would end them: not between a formula and its comma nor inside an option, inside a long name behind a dot or an underscore, and
+in what is calculated behind a sign, but not inside K = 8.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 import vendor
+from calculations import calculated
 
 TOOLS = Path(__file__).resolve().parent
 FORMULA = re.compile(r'<(div|span) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -74,7 +76,7 @@ def main() -> None:
         return f'<{match[1]} class="arithmatex">{drawn[html.unescape(match[2]).strip(), match[1] == "div"]}</{match[1]}>'
 
     for path, text in pages.items():
-        path.write_text(early(FORMULA.sub(formula, joined(breakable(text)))), encoding="utf-8")
+        path.write_text(early(FORMULA.sub(formula, joined(breakable(calculated(text))))), encoding="utf-8")
     print(f"{len(found)} formulas drawn")
 
 

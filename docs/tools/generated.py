@@ -14,7 +14,8 @@ import pictures
 import sources
 import tables
 from api import API, has_page
-from equations import EQUATION_PAGES, equation_home
+from equations import EQUATION_PAGES, equation_home, linked
+from marks import mark
 from render import block, slug
 
 from reference import notation, presets, symbols
@@ -103,7 +104,7 @@ def told(identifier: str) -> str:
     text = " ".join((getattr(importlib.import_module(module), name).__doc__ or "").split())
     said = re.split(r"[.:] ", text.partition(f"({identifier})")[0])[0].rstrip(" ,.:")
     where = f"[`{module}.{name}`][{module}.{name}]" if has_page(module) else f"`{module}.{name}`"
-    return f"{said}: {where}."
+    return f"{mark(said)}: {where}."
 
 
 def equations_pages() -> dict[str, str]:
@@ -116,7 +117,7 @@ def equations_pages() -> dict[str, str]:
         parts[equation_home(identifier)] += [
             f"## {identifier} {{ #eq-{identifier} }}",
             f"\\[\n{equation.latex}\n\\]",
-            "; ".join(f"\\({symbol}\\): {meaning}" for symbol, meaning in symbols.explained(identifier).items()) + ".",
+            "; ".join(f"\\({symbol}\\): {linked(meaning)}" for symbol, meaning in symbols.explained(identifier).items()) + ".",
             f"{told(identifier)}{source}" + (f" Worked out in {', '.join(shown)}." if (shown := chapters.get(identifier)) else ""),
         ]
     return {path: "\n\n".join(text) + "\n" for path, text in parts.items()}
@@ -225,14 +226,19 @@ def command_line() -> str:
     ]
     for name, command in getattr(group, "commands", {}).items():
         rows = [option_row(option) for option in command.params if option.name != "help"]
-        parts += [f"## moebius {name}", " ".join((command.help or "").split()), layout.definitions(rows)]
+        parts += [f"## moebius {name}", with_options(" ".join((command.help or "").split())), layout.definitions(rows)]
     return "\n\n".join(parts) + "\n"
 
 
 def option_row(option: Any) -> tuple[str, str]:
     """How an option is written, and what it does."""
     default = "" if option.default in (None, False, "", ()) or callable(option.default) else f" Default: `{option.default}`."
-    return " ".join(f"`{text}`" for text in option.opts), (getattr(option, "help", None) or "") + default
+    return " ".join(f"`{text}`" for text in option.opts), with_options(getattr(option, "help", None) or "") + default
+
+
+def with_options(text: str) -> str:
+    """A help text, the options that it names set as code."""
+    return re.sub(r"(?<![`\w-])--\w[\w-]*", r"`\g<0>`", text)
 
 
 def pages() -> dict[str, str]:

@@ -6,12 +6,13 @@ import ast
 import functools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from typing import Any
 
 import sources
 from layout import definitions, digits, markdown, tabs
+from marks import APART, mark
 
 from optimized.static import verdicts
 
@@ -47,11 +48,21 @@ def contract(kernel: str) -> str:
     rows = [["computes", pieces[0].strip()], ["grid", named.pop("grid")]]
     rows += [["one program owns", owns]] if owns else []
     rows += [["arrays", arrays]] if arrays else []
-    return f"### `{kernel}`\n\n" + definitions([[key, _safe(text)] for key, text in rows + list(named.items())])
+    names = {argument.arg for argument in tree.body[0].args.args} | {"max_tiles"}  # by which a launch's grid is bounded
+    return f"### `{kernel}`\n\n" + definitions([[key, _marked(text.rstrip("."), names)] for key, text in rows + list(named.items())])
 
 
-def _safe(text: str) -> str:
-    return text.rstrip(".").replace("<", "&lt;").replace("*", "\\*")
+def _marked(text: str, names: Set[str]) -> str:
+    """A part of a docstring as Markdown: what a kernel takes with its shape, names and symbols are marked."""
+    taken = re.compile(rf"\b({'|'.join(filter(str.isupper, names))})\b(?!\[)(?: \[[^\]]*\])?")
+
+    def marked(found: re.Match[str]) -> str:
+        alone = len(found[0]) == 1  # a letter, which is a size
+        return found[0] if alone else f"`{found[0].replace(' ', NBSP)}`"
+
+    plain = (part if part.startswith("`") else taken.sub(marked, part) for part in APART.split(text))
+    escaped = (part if part.startswith("`") else part.replace("<", "&lt;").replace("*", "\\*") for part in APART.split("".join(plain)))
+    return mark("".join(escaped), names)
 
 
 def _span(values: Sequence[float], places: int = 0) -> str:

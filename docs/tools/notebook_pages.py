@@ -149,6 +149,7 @@ def page(source: Path) -> Exported:
 def index() -> str:
     """The list of the notebooks, and how to run them."""
     lines = [
+        "---\nhide: [toc]\n---",  # it has one entry, and nine cards want three columns
         "# Notebooks",
         "Here you compute, predict, break and rebuild. Each notebook runs from top to bottom in less than a minute on one core, needs no "
         "network and no GPU, asks for a prediction before each result, and has one exercise that checks itself: a wrong answer is drawn "

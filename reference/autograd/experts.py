@@ -16,34 +16,34 @@ Params = Mapping[str, Tensor]
 
 
 def relu_forward(pre_NM: Tensor) -> Tensor:
-    """h = max(u, 0) (act-relu): [N, F] → [N, F]."""
+    """ReLU (act-relu): h = max(u, 0), [N, F] → [N, F]."""
     return nn.functional.relu(pre_NM)
 
 
 def gelu_forward(pre_NM: Tensor) -> Tensor:
-    """h = u · Φ(u), the exact form (act-gelu): [N, F] → [N, F]."""
+    """GELU in its exact form (act-gelu): h = u · Φ(u), [N, F] → [N, F]."""
     return nn.functional.gelu(pre_NM)
 
 
 def swiglu_forward(pre_NM: Tensor) -> Tensor:
-    """h = a σ(a) ⊙ u, a and u the first and the second half of the row (act-swiglu): [N, 2F] → [N, F]."""
+    """SwiGLU (act-swiglu): h = a σ(a) ⊙ u, a and u the first and the second half of the row; [N, 2F] → [N, F]."""
     gate_proj_NF, up_NF = pre_NM.chunk(2, dim=1)
     return nn.functional.silu(gate_proj_NF) * up_NF
 
 
 def relu2_forward(pre_NM: Tensor) -> Tensor:
-    """h = max(u, 0)² (act-relu2): [N, F] → [N, F]."""
+    """ReLU squared (act-relu2): h = max(u, 0)², [N, F] → [N, F]."""
     return nn.functional.relu(pre_NM).square()
 
 
 def geglu_forward(pre_NM: Tensor) -> Tensor:
-    """h = a Φ(a) ⊙ u (act-geglu): [N, 2F] → [N, F]."""
+    """GEGLU (act-geglu): h = a Φ(a) ⊙ u, [N, 2F] → [N, F]."""
     gate_proj_NF, up_NF = pre_NM.chunk(2, dim=1)
     return nn.functional.gelu(gate_proj_NF) * up_NF
 
 
 def clamped_swiglu_forward(pre_NM: Tensor) -> Tensor:
-    """h = a σ(1.702 a) ⊙ (u + 1), a clamped above at 7 and u on both sides (act-clamped-swiglu): [N, 2F] → [N, F]."""
+    """gpt-oss's SwiGLU (act-clamped-swiglu): h = a σ(1.702 a) ⊙ (u + 1), a clamped above at 7 and u on both sides; [N, 2F] → [N, F]."""
     gate_proj_NF, up_NF = pre_NM.chunk(2, dim=1)
     a_NF = gate_proj_NF.clamp(max=CLAMP)
     return a_NF * torch.sigmoid(STEEPNESS * a_NF) * (up_NF.clamp(-CLAMP, CLAMP) + 1)
