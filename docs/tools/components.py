@@ -107,7 +107,7 @@ def draw_shares(axes: Any, ends: tuple[float, float], top: float, faint: str, in
 
 def draw_stored(axes: Any, sums: Mapping[str, Parameters], colors: Sequence[str], ink: str, faint: str) -> None:
     """Stored and met parameters of every preset, over the lines of equal share."""
-    ends, top = (0.1, 20000), 300
+    ends, top = (0.06, 20000), 300
     axes.set(xlabel="10⁹ parameters that are stored", xlim=ends, ylim=(0.012, top))
     axes.set(xscale="log", yscale="log", xticks=(0.1, 1, 10, 100, 1000), yticks=(0.1, 1, 10, 100))
     axes.minorticks_off()
