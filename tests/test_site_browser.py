@@ -362,6 +362,34 @@ def test_climbing_reveals_a_rung_at_a_time(site, browser):
         assert not visit.troubles
 
 
+def test_pieces_of_a_figure_are_shared_once_there_are_enough(site, browser):
+    """How far a slider goes hangs on another one; the layer that the chapter on fine-grained experts asks for can be set."""
+    make_data, _, case = figures.FIGURES["granularity"]
+    with Visit(browser, site[0], viewport={"width": 390, "height": 900}) as visit:
+        page = visit.open("chapters/fine-grained/")
+        for key in ("logCut", "shared"):
+            page.focus(f"#figure-granularity-{key}")
+            for _ in range(2):
+                page.keyboard.press("ArrowRight")
+        page.wait_for_timeout(SETTLED)
+        found = case(STARTS["granularity"] | {"logCut": 2, "shared": 2}, make_data())
+        assert f"{found['chosen']} of {found['routed']} experts" in page.inner_text("#figure-granularity .moe-status")
+        assert "and 2 shared" in page.inner_text("#figure-granularity .moe-status") and not visit.troubles
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_figure_is_moved_and_seen_in_one_window(site, browser, name):
+    """On a phone the controls stay while the picture passes, so that neither is moved without being seen."""
+    parts = """(figure) => [".moe-controls", ".moe-status"].map((part) => {
+      const { top, bottom } = figure.querySelector(part).getBoundingClientRect()
+      return top >= document.querySelector(".md-header").offsetHeight - 1 && bottom <= innerHeight + 1
+    })"""
+    with Visit(browser, site[0], viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True) as visit:
+        page = visit.open(MOVES[name][0])
+        page.evaluate(f"document.querySelector('#figure-{name} .moe-status').scrollIntoView({{block: 'end'}})")
+        assert page.locator(f"#figure-{name}").evaluate(parts) == [True, True] and not visit.troubles
+
+
 def test_address_restores_a_figure(site, browser):
     with Visit(browser, site[0], viewport={"width": 1280, "height": 900}) as visit:
         page = visit.open("#figure-route?topK=3&factor=0.5")

@@ -26,6 +26,13 @@ def test_figures_are_drawn_before_scripts_run():
     assert "dropped" in drawn["route"]
 
 
+def test_a_tolerance_that_fits_one_size_of_outputs_fits_no_other():
+    """As the chapter on equality says, with the relative tolerance that the figure opens with."""
+    passed = {size: figures.shown("lamp", logSize=size, logAtol=-5, rtol=0.02) for size in (-6, -5, -3, -1)}
+    told = {size: [name for name, one in found.items() if one["allclose"]] for size, found in passed.items()}
+    assert told[-3] == ["honest"] and "honest" not in told[-1] and "scaled" in told[-5] and "zero" in told[-6]
+
+
 def test_tolerance_that_is_too_tight_rejects_an_honest_answer():
     """As the chapter on equality says, with the relative tolerance that the figure opens with."""
     data = figures.lamp_data()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import posixpath
 import re
 from dataclasses import replace
 
@@ -107,6 +109,16 @@ def test_there_are_forty_questions_and_each_leads_to_an_answer(pages):
     asked = re.findall(r"^\d+\. (.+\?) → \[[^]]+\]\(([^)]+)\)$", pages["questions.md"], re.MULTILINE)
     assert len(asked) == len(re.findall(r"^\d+\.", pages["questions.md"], re.MULTILINE)) >= 40
     assert len({question for question, _ in asked}) == len(asked)
+
+
+def test_every_chapter_ends_with_the_page_that_follows_it(pages):
+    """As the navigation says, by its name: the footer says the same."""
+    navigation = re.findall(r"^ +- (?:(.+): )?(\S+\.md)$", (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    for (_, path), (title, target) in itertools.pairwise(navigation):
+        if path.startswith("chapters/"):
+            last = WRITTEN[path].rstrip().splitlines()[-1]
+            title = title or re.search(r"^# (.+)$", pages[target], re.MULTILINE)[1]
+            assert last.startswith(f"**Next:** [{title}]({posixpath.relpath(target, 'chapters')}): "), last
 
 
 def test_every_figure_stands_on_a_page():

@@ -37,9 +37,9 @@ export const pictureOf = (figure, data, state) => figure.picture(figure.compute(
 
 export const description = (figure, data, state) => figure.describe(figure.compute(state, data), state, data);
 
-/** Each control's value and how it reads, by key. */
+/** Each control's value, how it reads and, of a slider, how far it goes: that may hang on another control. By key. */
 export const values = (figure, data, state) =>
-  Object.fromEntries(figure.controls(data, state).map((control) => [control.key, [read(control, state), shown(control, read(control, state))]]));
+  Object.fromEntries(figure.controls(data, state).map((control) => [control.key, [read(control, state), shown(control, read(control, state)), control.max]]));
 
 /** The state after a control was moved. */
 export function move(figure, data, state, key, text) {

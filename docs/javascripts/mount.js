@@ -40,8 +40,9 @@ class MoeFigure extends HTMLElement {
   show(state, fromOutside) {
     this.state = state;
     this.querySelector(".moe-picture").innerHTML = pictureOf(this.figure, this.data, state);
-    for (const [key, [value, text]] of Object.entries(values(this.figure, this.data, state))) {
+    for (const [key, [value, text, max]] of Object.entries(values(this.figure, this.data, state))) {
       const input = this.querySelector(`[data-key="${key}"]`);
+      if (max !== undefined) input.max = max;
       if (fromOutside || document.activeElement !== input) input.value = value;
       if (input.type === "range") input.setAttribute("aria-valuetext", text);
       const label = this.querySelector(`[data-value="${key}"]`);

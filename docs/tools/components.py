@@ -70,10 +70,10 @@ def table(names: list[str]) -> str:
 
 
 STORED_LABELS = {
-    "dense": ("dense", "left"), "shazeer-2017": ("2017", "right"), "soft-moe-s16-128": ("Soft MoE", "right"),
-    "olmoe-1b-7b": ("OLMoE", "left"), "mixtral-8x7b": ("Mixtral", "left"), "gpt-oss-120b": ("gpt-oss", "right"),
+    "dense": ("dense", "above"), "shazeer-2017": ("2017", "above"), "soft-moe-s16-128": ("Soft MoE", "left"),
+    "olmoe-1b-7b": ("OLMoE", "above"), "mixtral-8x7b": ("Mixtral", "above"), "gpt-oss-120b": ("gpt-oss", "right"),
     "deepseek-v3": ("DeepSeek-V3", "right"),
-    "glam-64b-64e": ("GLaM", "right"), "gshard-600b": ("GShard", "left"), "switch-c-2048": ("Switch-C", "right"),
+    "glam-64b-64e": ("GLaM", "right"), "gshard-600b": ("GShard", "over"), "switch-c-2048": ("Switch-C", "right"),
 }  # fmt: skip
 SHARE_LABELS = {
     "dense": ("dense", "right"), "shazeer-2017": ("2017", "right"), "mixtral-8x7b": ("Mixtral", "left"),
@@ -81,6 +81,8 @@ SHARE_LABELS = {
     "switch-c-2048": ("Switch-C", "left"),
 }  # fmt: skip
 """Presets with a label in the two pictures → (label, on which side of the point)."""
+SIDES = {"right": (7, -4, "left"), "left": (-7, -4, "right"), "above": (-3, 6, "right"), "over": (0, 7, "center")}
+"""Side → (how far from the point, how aligned). What is above stands to the left, for the lines of equal share rise."""
 SHARES = (100, 10, 1, 0.1)
 
 
@@ -92,32 +94,52 @@ def dots(axes: Any, places: Mapping[str, tuple[float, float]], labels: dict[str,
             continue
         label, side = labels[name]
         axes.plot([x], [y], "o", color=colors[0], markersize=6, zorder=3)
-        away, align = {"right": (6, "left"), "left": (-6, "right")}[side]
-        axes.annotate(label, (x, y), xytext=(away, -4), textcoords="offset points", ha=align)
+        right, up, align = SIDES[side]
+        axes.annotate(label, (x, y), xytext=(right, up), textcoords="offset points", ha=align)
 
 
-def picture(panels: Callable[..., list[Any]], colors: Sequence[str], ink: str, faint: str) -> tuple[list[Any], str]:
-    """Stored and met parameters of every preset, and the share over the number of experts."""
-    sums = {name: sum_parameters(model_parameters(presets.model(name))) for name in presets.names()}
-    stored = {name: (total / 1e9, active / 1e9) for name, (total, active) in sums.items()}
-    shares = {name: (presets.get(name).experts.count, 100 * active / total) for name, (total, active) in sums.items()}
-    made = panels("10⁹ parameters that a token meets", "share that a token meets", width=4.6, height=3.9)
-    ends, top = (0.4, 20000), 300
+def draw_shares(axes: Any, ends: tuple[float, float], top: float, faint: str, ink: str) -> None:
+    """A line along which the share that a token meets is the same, for each of SHARES, named where it leaves the picture."""
     for share in SHARES:
-        made[0].plot(ends, [x * share / 100 for x in ends], color=faint, linewidth=1, zorder=0)
-        x = min(ends[1], top * 100 / share)  # where the line leaves the picture
+        axes.plot(ends, [x * share / 100 for x in ends], color=faint, linewidth=1, zorder=0)
+        x = min(ends[1], top * 100 / share)
         align = "right" if x == ends[1] else "left"
-        below = {"right": (-2, -22), "left": (2, -11)}[align]
-        made[0].annotate(f"{share:g} %", (x, x * share / 100), xytext=below, textcoords="offset points", ha=align, color=ink, fontsize=9)
-    made[0].set(xlabel="10⁹ parameters that are stored", xlim=ends, ylim=(0.012, top))
-    made[0].set(xscale="log", yscale="log", xticks=(1, 10, 100, 1000), yticks=(0.1, 1, 10, 100))
-    made[1].set(xlabel="experts in a layer", xlim=(0.7, 8000), ylim=(0.06, 200))
-    made[1].set(xscale="log", yscale="log", xticks=(1, 8, 64, 512), yticks=SHARES)
-    for axes, places, labels in zip(made, (stored, shares), (STORED_LABELS, SHARE_LABELS), strict=True):
-        axes.minorticks_off()
-        axes.set_xticklabels([f"{tick:,g}" for tick in axes.get_xticks()])
-        dots(axes, places, labels, colors)
-    made[0].set_yticklabels([f"{tick:g}" for tick in made[0].get_yticks()])
-    made[1].set_yticklabels([f"{tick:g} %" for tick in SHARES])
-    low, high = min(share for _, share in shares.values()), max(share for _, share in shares.values())
+        below = {"right": (-2, -26), "left": (4, -11)}[align]
+        axes.annotate(f"{share:g} %", (x, x * share / 100), xytext=below, textcoords="offset points", ha=align, color=ink, fontsize=9)
+
+
+def draw_stored(axes: Any, sums: Mapping[str, Parameters], colors: Sequence[str], ink: str, faint: str) -> None:
+    """Stored and met parameters of every preset, over the lines of equal share."""
+    ends, top = (0.06, 20000), 300
+    axes.set(xlabel="10⁹ parameters that are stored", xlim=ends, ylim=(0.012, top))
+    axes.set(xscale="log", yscale="log", xticks=(0.1, 1, 10, 100, 1000), yticks=(0.1, 1, 10, 100))
+    axes.minorticks_off()
+    axes.set_xticklabels([f"{tick:,g}" for tick in axes.get_xticks()])
+    axes.set_yticklabels([f"{tick:g}" for tick in axes.get_yticks()])
+    draw_shares(axes, ends, top, faint, ink)
+    dots(axes, {name: (total / 1e9, active / 1e9) for name, (total, active) in sums.items()}, STORED_LABELS, colors)
+
+
+def draw_met(axes: Any, shares: Mapping[str, float], colors: Sequence[str]) -> None:
+    """The share that a token meets over the number of experts, of every preset."""
+    axes.set(xlabel="experts in a layer", xlim=(0.7, 8000), ylim=(0.06, 200))
+    axes.set(xscale="log", yscale="log", xticks=(1, 8, 64, 512), yticks=SHARES)
+    axes.minorticks_off()
+    axes.set_xticklabels([f"{tick:g}" for tick in axes.get_xticks()])
+    axes.set_yticklabels([f"{tick:g} %" for tick in SHARES])
+    dots(axes, {name: (presets.get(name).experts.count, share) for name, share in shares.items()}, SHARE_LABELS, colors)
+
+
+def picture(
+    panels: Callable[..., list[Any]], colors: Sequence[str], ink: str, faint: str, *, experts: bool = True
+) -> tuple[list[Any], str]:
+    """Stored and met parameters of every preset and, where `experts` are asked for, the share over their number."""
+    sums = {name: sum_parameters(model_parameters(presets.model(name))) for name in presets.names()}
+    shares = {name: 100 * active / total for name, (total, active) in sums.items()}
+    titles = ["10⁹ parameters that a token meets", "share that a token meets"]
+    made = panels(*titles[: 1 + experts], width=4.6, height=3.9)
+    draw_stored(made[0], sums, colors, ink, faint)
+    if experts:
+        draw_met(made[1], shares, colors)
+    low, high = min(shares.values()), max(shares.values())
     return made, f"Every published model as a point: what it stores, and what a token meets of it, from {low:.1f} to {high:.0f} percent."

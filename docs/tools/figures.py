@@ -311,6 +311,12 @@ FIGURES: dict[str, tuple[Callable[[], Json], Callable[[Json], list[Json]], Calla
 """Name → (data, states to compare, what Python computes for one of them)."""
 
 
+def shown(name: str, **state: Any) -> Json:
+    """What a figure computes in a state, for the sentences beside it."""
+    data, _, case = FIGURES[name]
+    return case(state, data())
+
+
 def golden(name: str) -> Json:
     """The data of a figure, and Python's result for each of its states: what the JavaScript is compared with."""
     data, states, case = FIGURES[name]

@@ -17,8 +17,6 @@ from layout import digits
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reference import cost, presets
-
 INK, FAINT = "#010203", "#010204"
 COLORS = ("#010205", "#010206", "#010207", "#010208", "#010209")
 PAGE = {INK: "currentColor", FAINT: "var(--moe-line)"} | {
@@ -26,6 +24,8 @@ PAGE = {INK: "currentColor", FAINT: "var(--moe-line)"} | {
 }
 """Stand-ins that matplotlib draws with → what the page's style sheets say."""
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+KEYED = ("collapse", "drop-by-position")
+"""Pictures whose panels all have the same lines: these are named once, above them."""
 STYLE = {
     "svg.fonttype": "none", "path.simplify": True, "path.simplify_threshold": 0.5, "font.family": "sans-serif", "font.size": 11,
     "figure.facecolor": "none", "axes.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
@@ -43,10 +43,10 @@ def panels(*titles: str, width: float = 3.5, height: float = 2.8) -> list[Axes]:
     return made
 
 
-def runs_band(axes: Axes, x: list[float], values: np.ndarray, number: int, label: str) -> None:
+def runs_band(axes: Axes, x: list[float], values: np.ndarray, number: int, label: str, **how: Any) -> None:
     """The mean over seeds as a line, the seeds' range as a band; values [seeds, len(x)]."""
     axes.fill_between(x, values.min(0), values.max(0), color=COLORS[number], alpha=0.18, linewidth=0)
-    axes.plot(x, values.mean(0), color=COLORS[number], linestyle=LINES[number], linewidth=1.8, label=label)
+    axes.plot(x, values.mean(0), color=COLORS[number], linestyle=LINES[number], linewidth=1.8, label=label, **how)
 
 
 def collapse() -> tuple[list[Axes], str]:
@@ -64,7 +64,6 @@ def collapse() -> tuple[list[Axes], str]:
         axes.set_xlabel("step")
     grid[0].set_ylim(bottom=0)
     grid[1].set_ylim(bottom=0)
-    grid[2].legend()
     summary = found["summary"]
     told = "; ".join(
         f"{name}: MaxVio {digits(one['max_vio']['mean'], 1)}, idle {digits(one['dead']['mean'], 1)}" for name, one in summary.items()
@@ -146,43 +145,21 @@ def drop_by_position() -> tuple[list[Axes], str]:
     for axes, routers in zip(grid, (["dice"], layers), strict=True):
         for number, order in enumerate(summary["dice"]):
             rates = np.array([[100 * rate["mean"] for rate in summary[router][order]] for router in routers])
-            runs_band(axes, list(range(1, rates.shape[1] + 1)), rates, number, order.replace("_", " "))
+            # Two lines coincide; their marks stand at different places.
+            apart = {"marker": overviews.MARKERS[number], "markersize": 6, "markevery": (number, len(summary["dice"]))}
+            runs_band(axes, list(range(1, rates.shape[1] + 1)), rates, number, order.replace("_", " "), **apart)
         axes.set_xlabel("eighth of the sequence")
     top = max(axes.get_ylim()[1] for axes in grid)
     for axes in grid:
         axes.set_ylim(0, top)
-    grid[0].legend(loc="upper left")
     last = summary[layers[-1]]["token_major"][-1]["mean"]
     told = f"Share dropped by place in the sequence, for {len(summary['dice'])} queues."
     return grid, f"{told} Token by token the last eighth of the last layer loses {100 * last:.0f} %."
 
 
-NAMED = {
-    "dense": (-36, 3), "mixtral-8x7b": (-64, 7), "deepseek-v3": (6, -4), "switch-c-2048": (-10, -15), "gshard-600b": (-66, 5),
-    "olmoe-1b-7b": (6, -11), "llama4-maverick": (6, -7), "glam-64b-64e": (-34, 9),
-}  # fmt: skip
-"""Models that are named in the picture of sizes → how far from their dot, in points."""
-
-
 def shares() -> tuple[list[Axes], str]:
-    """What each preset stores, and what a token meets of it; a line for each share."""
-    totals = {name: cost.sum_parameters(cost.model_parameters(presets.model(name))) for name in presets.names()}
-    (axes,) = grid = panels("met by a token, 10⁹ parameters", width=5.2, height=4)
-    stored, met = np.array(list(totals.values())).T / 1e9
-    axes.scatter(stored, met, s=34, color=COLORS[0], alpha=0.7, linewidth=0)
-    ends, heights = (stored.min() / 3, 2.5 * stored.max()), (met.min() / 2, 2 * met.max())
-    (left, right), bottom = ends, heights[0]
-    axes.set(xscale="log", yscale="log", xlim=ends, ylim=heights, xlabel="stored, 10⁹ parameters")
-    for share in (1, 0.1, 0.01, 0.001):
-        axes.plot(ends, (share * left, share * right), color=FAINT, linewidth=1, zorder=0)
-        begins = max(left, bottom / share)  # where the line comes into the picture
-        axes.annotate(f"{100 * share:g} %", (begins, begins * share), xytext=(3, 18), textcoords="offset points", fontsize=10)
-    for name, place in NAMED.items():
-        at = (totals[name].total / 1e9, totals[name].active / 1e9)
-        axes.annotate(name, at, xytext=place, textcoords="offset points", color=COLORS[1], fontsize=10)
-    least = min(one.active / one.total for one in totals.values())
-    told = f"Stored parameters of {len(totals)} models and those that a token meets:"
-    return grid, f"{told} all of them in the dense one, {100 * least:.1f} % in the sparsest."
+    """What each preset stores, and what a token meets of it."""
+    return components.picture(panels, COLORS, INK, FAINT, experts=False)
 
 
 def parity() -> tuple[list[Axes], str]:
@@ -259,8 +236,29 @@ def get(name: str) -> str:
     with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
         drawn, told = PLOTS[name]()
         pictures = "".join(page_svg(axes.figure, f"{name}-{number}") for number, axes in enumerate(drawn))
+        named = key(drawn[0], name) if name in KEYED else ""
     columns = 2 if len(drawn) == 4 else min(len(drawn), 3)
-    return f'<div class="moe-plots" style="--columns: {columns}" role="img" aria-label="{told}">{pictures}</div>'
+    return f'<div class="moe-plots" style="--columns: {columns}" role="img" aria-label="{told}">{named}{pictures}</div>'
+
+
+def swatch(line: Any) -> Figure:
+    """A short piece of a line, with one of its markers."""
+    figure = Figure(figsize=(0.5, 0.16))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.axis("off")
+    told = {name: line.properties()[name] for name in ("color", "linestyle", "linewidth", "marker", "markersize")}
+    axes.plot([0.05, 0.5, 0.95], [0.5] * 3, markevery=[1], **told)
+    return figure
+
+
+def key(axes: Axes, name: str) -> str:
+    """What the lines of a panel are called, for all panels of a picture."""
+    pieces = [
+        f"<span>{page_svg(swatch(line), f'{name}-key-{number}')}{label}</span>"
+        for number, (line, label) in enumerate(zip(*axes.get_legend_handles_labels(), strict=True))
+    ]
+    return f'<div class="moe-key">{"".join(pieces)}</div>'
 
 
 def page_svg(figure: Any, name: str) -> str:

@@ -47,7 +47,7 @@ class Page:
     def __init__(self, path: str, *, draw: Callable[[str], str] = figures.placeholder) -> None:
         self.path = path
         self.draw = draw
-        self.names: dict[str, Any] = {"__name__": path, **tables.NAMES}
+        self.names: dict[str, Any] = {"__name__": path, **tables.NAMES, "shown": figures.shown}
         self.directives: dict[str, Callable[[str], str]] = {
             "source": lambda names: block(*(sources.find(name) for name in names.split())),
             "code": lambda names: block(*(sources.find(name, docstring=False) for name in names.split())),

@@ -183,7 +183,7 @@ def parity() -> str:
     rows = []
     for entry in results["rows"]:
         cells = [entry["recipe"]["forward"], entry["autograd"]["forward"], entry["autograd"]["gradient"]]
-        rows.append([f"`{entry['preset']}`", *(f"{cell['max']:.0e}" for cell in cells)])
+        rows.append([f"`{entry['preset']}`", *(f"{cell['max']:.0e}" if cell["max"] else "0" for cell in cells)])
     return markdown(["preset", "recipe", "PyTorch", "PyTorch, gradients"], rows)
 
 

@@ -49,8 +49,8 @@ export default {
     return `<svg viewBox="0 0 360 176" aria-hidden="true">${ticks.join("")}<path class="moe-curve moe-e0" d="${path}"/><text class="moe-small" x="34" y="14">MaxVio, mean of four steps</text><text class="moe-small" x="350" y="170" text-anchor="end">step ${steps}</text></svg>
 <div class="moe-columns">${columns.join("")}</div><p class="moe-note">load of ${bias.length} experts at the last step; under each expert its bias</p>`;
   },
-  describe({ violation, loads }) {
+  describe({ violation, loads }, { steps }) {
     const end = violation.slice(-16);
-    return `MaxVio is ${fixed(violation[0])} at the first step and ${fixed(sum(end) / end.length)} on average over the last ${end.length}. The last load is ${loads.at(-1).join(", ")}.`;
+    return `MaxVio is ${fixed(violation[0])} at the first step and ${fixed(sum(end) / end.length)} on average over the last ${end.length} of ${steps}. The last load is ${loads.at(-1).join(", ")}.`;
   },
 };

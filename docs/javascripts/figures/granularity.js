@@ -66,5 +66,5 @@ export default {
     ];
     return `${drawing(result, state)}<div class="moe-scroll"><table class="moe-grid"><tbody>${rows.map(([name, value]) => `<tr><th scope="row">${name}</th><td>${value}</td></tr>`).join("")}</tbody></table></div>`;
   },
-  describe: (result, { shared }) => `${result.chosen} of ${result.routed} experts of width ${result.narrow}${shared ? ` and ${shared} shared` : ""}: ${spoken(result.logCombinations)} combinations; a token meets ${millions(result.active)} of ${millions(result.total)} million parameters.`,
+  describe: (result, { shared, tokens }) => `${result.chosen} of ${result.routed} experts of width ${result.narrow}${shared ? ` and ${shared} shared` : ""}: ${spoken(result.logCombinations)} combinations; a token meets ${millions(result.active)} of ${millions(result.total)} million parameters. Of ${tokens} tokens an expert gets ${fixed(result.tokensPerExpert, 1)} on average.`,
 };

@@ -59,7 +59,7 @@ const card = ({ before, now, changes }, state, data) => ({ name, show }, i) => {
 <div class="${first ? "" : kind}">${first ? "the first rung" : verdict(before[i], now[i])}</div>${chart(i, state, data)}</div>`;
 };
 
-const BOX = { width: 360, height: 96 };
+const BOX = { width: 360, height: 80 };
 const HATCH = '<pattern id="moe-hatch" class="moe-lost" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><path d="M0 0V5" stroke="currentcolor" stroke-width="3"/></pattern>';
 
 /** What is multiplied: a column for each expert, its rows filled, padding hatched; a frame is one product. */
