@@ -173,13 +173,13 @@ print(f"at the worst {worst:.3f}, at the end {after:.3f}")
 # weight on is every expert used? Which weight gives the smallest error: the largest?
 
 # %%
-print("weight      MaxVio   unused           error")
+print("weight  MaxVio       unused error")
 for weight in (0.0, 0.1, 1.0, 10.0):
     runs = [train(task(seed), weight) for seed in range(3)]
     violations = [f"{max_violation(loads[-1]):.1f}" for _, loads, _ in runs]
     unused = [str(dead_experts(loads[-1])) for _, loads, _ in runs]
     ends = [f"{errors[-1]:.2f}" for _, _, errors in runs]
-    print(f"{weight:6}", *violations, "  ", *unused, " ", *ends)
+    print(f"{weight:6} ", *violations, "", *unused, "", *ends)
 
 # %% [markdown]
 # Too little evens little: 0.1 brings some experts in for two of the starts, and changes nothing for the first one. With 1 these two have an

@@ -207,14 +207,14 @@ def train(seed: int, config: MoEConfig, steps: int = 300) -> tuple[np.ndarray, f
 
 controlled = BalanceConfig(bias_rule="sign", bias_rate=0.003)
 for function in ("softmax", "sigmoid"):
-    print(f"{function:>7}      MaxVio            error")
+    print(f"{function}  MaxVio       error")
     for name, balance in (("no bias", BalanceConfig()), ("bias", controlled)):
         gating = GatingConfig(top_k=2, normalize="sum", correction_bias=balance is controlled)
         config = replace(CONFIG, scores=ScoresConfig(function), gating=gating, balance=balance)
         runs = [train(seed, config) for seed in range(3)]
         violations = [np.mean([*map(max_violation, loads[-20:])]) for loads, _ in runs]
         texts = [f"{violation:.1f}" for violation in violations]
-        print(f"{name:>7} ", *texts, "  ", *(f"{error:.2f}" for _, error in runs))
+        print(f"{name:>7} ", *texts, "", *(f"{error:.2f}" for _, error in runs))
 plots.shares(runs[0][0], "who gets the tokens: sigmoid scores and a bias, first start")
 
 # %% [markdown]

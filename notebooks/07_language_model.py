@@ -101,7 +101,7 @@ print(f"unused experts: at most {max(dead)}, at the end {dead[-1]}")
 # %% [markdown]
 # ## 3 · A model that was trained for longer
 #
-# The repository holds a larger sibling, with its log: 4 layers, the first of them without experts, and 4,000 steps
+# The repository holds a larger sibling, with its log: 4 layers, counted from 0, the first of them without experts, and 4,000 steps
 # ({{reference/autograd/tour_model.py}}).
 #
 # **Predict.** How many bits per byte does it need? Which of the three domains can *not* be learned much further, however long one
@@ -125,8 +125,8 @@ for domain, value in longer.items():
 #
 # ## 4 · Who goes where?
 #
-# Take held-out text of the three domains and count, for each domain, how its assignments are spread over the 16 experts
-# ({{reference.specialization.domain_expert_share}}).
+# Take text of the three domains that was held back from the training, and count, for each domain, how its assignments are spread over the
+# 16 experts ({{reference.specialization.domain_expert_share}}).
 #
 # **Predict.** If experts did not care about domains, every cell would be 1/16 = 0.06. Will some expert be for arithmetic alone? In the
 # first MoE layer or in the last one?
@@ -196,10 +196,11 @@ check("information", information)
 # %% [markdown]
 # ## 6 · Against chance
 #
-# From finitely many tokens the estimate is above 0 even where there is nothing: some expert always happens to lean somewhere. So deal the
-# labels out anew, sequence by sequence, many times, and see what chance alone gives ({{reference.specialization.measure}}).
+# If each of three domains had its own experts, $I$ would be $\log_2 3 = 1.58$ bits; if experts did not care, it would be 0. But from
+# finitely many tokens the estimate is above 0 even where there is nothing: some expert always happens to lean somewhere. So deal the labels
+# out anew, sequence by sequence, many times, and see what chance alone gives ({{reference.specialization.measure}}).
 #
-# **Predict.** Of at most $\log_2 3 = 1.58$ bits: how many will the real labels have, and how many the shuffled ones, on average and at
+# **Predict.** Of at most 1.58 bits: how many will the real labels have, and how many the shuffled ones, on average and at
 # most?
 
 # %%
@@ -231,7 +232,7 @@ for layer, routing in routings.items():
 # neighbours, or those of the same byte at different places, such as the blanks and the two w's?
 
 # %%
-LINE = "w = 12 * (w + 3)"
+LINE = "return w + 2 * w"
 with torch.no_grad():
     _, aux = model(torch.from_numpy(encode(LINE))[None])
 routing = routing_to_numpy(aux.routing[1])
@@ -242,6 +243,9 @@ title = "the gates of each byte in layer 1"
 plots.table(gate_ES, rows, title, "byte", "expert", "gate", columns)
 
 # %% [markdown]
+# Each column has 4 gates, which sum to 2.5: that is the layer's `scale` (notebook 02, section 6). Both w's have the same four experts, and
+# most blanks share two or three, whatever stands beside them.
+#
 # **Predict.** One line is one line. Take any two bytes of the held-out text, two neighbours, or twice the same byte: how many of their 4
 # experts do they have in common on average?
 

@@ -143,7 +143,9 @@ plots.tiles(spans, 16, EXPERTS)
 #
 # ## 5 · The grouped product (exercise)
 #
-# This is how the kernel begins: the tile's expert, its rows and columns, and which of them are real.
+# The programs form a grid: `tl.program_id(0)` says which tile of rows, `tl.program_id(1)` which block of columns. TILES holds the table
+# above, (expert, first row) of every tile, and BOUNDS is `bounds_P` of notebook 08: expert $e$'s rows end before BOUNDS[$e$ + 1]. This is
+# how the kernel begins: the tile's expert, its rows and columns, and which of them are real.
 #
 # ```python
 # expert = tl.load(TILES + 2 * tl.program_id(0))
@@ -154,7 +156,8 @@ plots.tiles(spans, 16, EXPERTS)
 # total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
 # ```
 #
-# Write the rest. D need not be a multiple of BLOCK_DEPTH.
+# Copy these lines into the cell with `raise NotImplementedError`, in its place, and write the rest. D need not be a multiple of
+# BLOCK_DEPTH.
 #
 # - ROWS is [N, D], WEIGHT is [E, D, F], OUT is [N, F], all one row after the other in memory.
 # - Walk along the depth in steps of BLOCK_DEPTH: load a tile of ROWS, a tile of WEIGHT, and add their product.
@@ -260,8 +263,7 @@ for name, result_NF in results.items():
     print(f"{name:>16}: {'accepted' if passed else 'rejected'}")
 
 # %% [markdown]
-# Published tests of such kernels have accepted zeros ({{docs/chapters/equal.md}}). A test that cannot fail proves
-# nothing.
+# Published tests of such kernels have accepted zeros ({{docs/chapters/equal.md}}). A test that cannot fail proves nothing.
 #
 # Try, with a pencil: tiles of 32 rows instead of 16. How many are there, how many lanes are wasted, and what do you gain?
 #
