@@ -14,7 +14,7 @@ import numpy as np
 
 from notebooks import plots
 from notebooks.checks import check
-from notebooks.prints import numbers
+from notebooks.prints import numbers, sentence
 from reference import example, presets
 from reference.config import GatingConfig
 from reference.gating import gates_forward, top_k
@@ -95,7 +95,7 @@ for token in np.argsort(-total_T, kind="stable"):
 
 # %%
 sigmoid_TE, _ = sigmoid_forward(logits_TE)
-numbers({"sigmoid scores": sigmoid_TE[SAT]}, example.EXPERTS, 3)
+numbers({"sigmoid": sigmoid_TE[SAT]}, example.EXPERTS, 3)
 gates["D sigmoid, divide"] = gates_of(sigmoid_TE, expert_TK, "sum")
 by_expert = {name: np.zeros(len(example.EXPERTS)) for name in gates}
 for name, gate_TK in gates.items():
@@ -185,8 +185,8 @@ check("gates", gates_of_v3)
 
 # %%
 bug = bugs.get("biased scores as gates")
-print("seen in:", bug.seen.replace("; ", "\n         "))
-print("caught: ", bug.symptom())
+sentence(f"seen in: {bug.seen}")
+sentence(f"caught: {bug.symptom()}")
 
 # %% [markdown]
 # The same number on top of both scores makes them more alike, and so their gates: a bias that was to change nothing has changed how much

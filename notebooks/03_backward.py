@@ -46,7 +46,7 @@ by_name = {name: gate_TE[:, expert] for expert, name in enumerate(example.EXPERT
 plots.curves(value, by_name, "logit of “action”", "gate", "the gates of “cat”")
 enters = value[(moved_TK == 2).any(1)][0]
 rival = np.sort(np.delete(logits_TE[CAT], 2))[-2]
-print(f"action is chosen from {enters:.2f} on, in steps of 0.02")
+print(f"chosen from {enters:.2f} on (steps of 0.02)")
 print(f"the logit that it must beat is {rival:.2f}")
 
 # %% [markdown]
@@ -188,7 +188,7 @@ for normalize in ("sum", "none"):
 #
 # ## 5 · The whole layer
 #
-# Training begins with dy, the cotangent of the layer's output: the direction in which the loss grows. A gate's cotangent is how far its
+# Training begins with $dy$, the cotangent of the layer's output: the direction in which the loss grows. A gate's cotangent is how far its
 # expert's output points that way, $dg = \langle dy, \mathrm{out} \rangle$ ({{reference.dispatch.combine_backward}}). From there it is your
 # function, and then the router's matrix ({{reference.scores.logits_backward}}).
 #

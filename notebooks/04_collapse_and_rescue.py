@@ -16,6 +16,7 @@ import numpy as np
 
 from notebooks import plots
 from notebooks.checks import check
+from notebooks.prints import sentence
 from notebooks.toy import CONFIG, task
 from reference import moe_backward, moe_forward
 from reference.balancing import dead_experts, max_violation
@@ -214,7 +215,8 @@ print(f"largest score outside the best two: {others.max():.0e}")
 loosened = stuck | {"router.weight": stuck["router.weight"] / 20}
 _, more_loads, more_errors = train((x0_TD, target0_TD, loosened), weight=1.0)
 load_E = more_loads[-1]
-print("load:", load_E.tolist(), "· unused:", dead_experts(load_E))
+print("load:", load_E.tolist())
+print("experts without a token:", dead_experts(load_E))
 others = np.sort(softmax_forward(output.routing.logits / 20)[0], axis=1)[:, :-2]
 print(f"largest score outside the best two: {others.max():.2f}")
 
@@ -230,8 +232,8 @@ print(f"largest score outside the best two: {others.max():.2f}")
 
 # %%
 bug = bugs.get("counted after the drop")
-print("seen in:", bug.seen.replace("; ", "\n         "))
-print("caught: ", bug.symptom())
+sentence(f"seen in: {bug.seen}")
+sentence(f"caught: {bug.symptom()}")
 
 # %% [markdown]
 # After the drop no expert counts more than its capacity, so the counts of a collapsed router are nearly even, and the loss says “as good

@@ -14,6 +14,7 @@ import numpy as np
 
 from notebooks import plots
 from notebooks.checks import check
+from notebooks.prints import sentence
 from reference.balancing import drop_rate_by_position
 from reference.capacity import group_capacity, keep_within_capacity, queue_order
 from reference.config import CapacityConfig, GatingConfig
@@ -63,12 +64,13 @@ for name, expert_TK in chosen.items():
     config = CapacityConfig("per_assignment", factor=1.0)
     keep_TK, capacity = kept(expert_TK, gate[name], config)
     dropped, empty = (~keep_TK).sum(), EXPERTS * capacity - keep_TK.sum()
-    print(f"{name:>6}: {dropped:3} dropped, {empty:3} of {EXPERTS * capacity} places empty")
+    places = EXPERTS * capacity
+    print(f"{name:>6}: {dropped:3} dropped, {empty:3} of {places} places free")
 load_E = np.bincount(chosen["skewed"].ravel(), minlength=EXPERTS)
 plots.load(load_E, capacity, [str(expert) for expert in range(EXPERTS)])
 
 # %% [markdown]
-# At factor 1 as many places stay empty as assignments are dropped, each where the other is not.
+# At factor 1 as many places stay free as assignments are dropped, each where the other is not.
 #
 # **Predict.** Sketch two shares for the skewed router as the factor grows from 0 to 4, that of the assignments that are dropped and that of
 # the places that stay empty: which curve falls to 0, and where? (Its loads stand above. How many places does expert 0 need?) What share of
@@ -203,8 +205,9 @@ print("masked, no word's fate changes:", unchanged)
 # %%
 for name in ("padding eats capacity", "second choices from zero"):
     bug = bugs.get(name)
-    caught = bug.symptom().replace("; ", "\n          ")
-    print(f"{name}\n  seen:   {bug.seen}\n  caught: {caught}")
+    print("mistake:", name)
+    sentence(f"seen in: {bug.seen}")
+    sentence(f"caught: {bug.symptom()}")
 
 # %% [markdown]
 # ## 5 · Groups

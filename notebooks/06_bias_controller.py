@@ -16,6 +16,7 @@ import numpy as np
 
 from notebooks import plots
 from notebooks.checks import check
+from notebooks.prints import sentence
 from notebooks.toy import CONFIG, task
 from reference import moe_backward, moe_forward
 from reference.balancing import BIAS_RULES, max_violation, sign_bias_update
@@ -166,10 +167,10 @@ def turning(step: int) -> np.ndarray:
 
 rates = {"sign": 0.01, "proportional": 0.2}
 turned = {rule: control(rate, rule, taste_of=turning)[0] for rule, rate in rates.items()}
-print("MaxVio        at first  steps 90–99  step 100")
+print("MaxVio       at first  before  step 100")
 for rule, violations in turned.items():
     before, at = violations[90:100].mean(), violations[100]
-    print(f"{rule:>12} {violations[0]:9.2f} {before:12.2f} {at:9.2f}")
+    print(f"{rule:>12} {violations[0]:8.2f} {before:7.2f} {at:9.2f}")
 plots.curves(np.arange(200), turned, "step", "MaxVio", "MaxVio, and a turn at step 100")
 
 # %% [markdown]
@@ -229,8 +230,8 @@ plots.shares(runs[0][0], "who gets the tokens: sigmoid scores and a bias, first 
 
 # %%
 bug = bugs.get("correction bias in bfloat16")
-print("seen in:", bug.seen.replace("; ", "\n         "))
-print("caught: ", bug.symptom())
+sentence(f"seen in: {bug.seen}")
+sentence(f"caught: {bug.symptom()}")
 
 # %% [markdown]
 # Between 1 and 2, bfloat16 has only steps of 1/128, and what rises by less than half a step is rounded back. So the bias is kept in fp32,

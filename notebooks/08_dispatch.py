@@ -10,12 +10,11 @@
 # Read along: {{docs/chapters/dispatch.md}} · before this: [07](07_language_model.ipynb)
 
 # %%
-import textwrap
-
 import numpy as np
 
 from notebooks import plots
 from notebooks.checks import check
+from notebooks.prints import sentence
 from reference import MoEConfig, dispatch, init_params
 from reference.config import ExpertsConfig
 from reference.dispatch import combine_forward, dispatch_backward, dispatch_forward
@@ -162,8 +161,7 @@ hasty_TD[where.token_N] += weighted_ND
 wrong_T = ~np.isclose(hasty_TD, sorted_TD, rtol=0, atol=1e-14).all(1)
 print("wrong tokens:", np.flatnonzero(wrong_T).tolist())
 print("kept choices of the others:", keep_TK.sum(1)[~wrong_T].tolist())
-print("in the museum:")
-print(textwrap.fill(bugs.get("last slot wins").mistake, 43))
+sentence(f"in the museum: {bugs.get('last slot wins').mistake}")
 
 # %% [markdown]
 # Only tokens with a single row come out right: NumPy reads, adds and writes once for each distinct index. `np.add.at` adds them all. The

@@ -133,7 +133,7 @@ print("the reference's rows, to the bit:", bool(np.array_equal(gathered.numpy(),
 tiles = tile_table(where.bounds_P)
 spans = [(int(expert), int(first), int(where.bounds_P[expert + 1])) for expert, first in tiles]
 print("(expert, first row) of each tile:")
-print([(expert, first) for expert, first, _ in spans])
+print(*((expert, first) for expert, first, _ in spans))
 print(f"{len(tiles)} tiles, {16 * len(tiles)} lanes for {len(rows_ND)} rows")
 plots.tiles(spans, 16, EXPERTS)
 

@@ -251,6 +251,13 @@ def test_numbers_stand_below_their_names_and_zero_has_no_sign(capsys: pytest.Cap
     assert capsys.readouterr().out == "        left   right\n   a     1.3     0.0\nlong    -3.0    10.0\n"
 
 
+def test_sentence_is_short_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    prints.sentence("seen in: here; there, " + 8 * "and in places of many names, ")
+    first, second, *rest = capsys.readouterr().out.splitlines()
+    assert first == "seen in: here" and second.startswith("  there, and in places") and len(rest) > 3
+    assert all(len(line) <= prints.WIDTH and line.startswith("  ") for line in rest)
+
+
 @pytest.mark.parametrize(
     "title, width, lines",
     [
