@@ -12,14 +12,15 @@
 #
 # The example: {{reference/example.py}} · next to read: {{docs/chapters/capacity.md}}
 #
-# In an editor, such a link opens a file of the project. Of a chapter that is the source, in which figures and equations are only named, in
-# double braces; the site shows them (`make site`).
+# Such a link opens a file of the project; on the site it opens a page. A chapter is best read there: in its file, figures and equations
+# are only named, in double braces. `make site` builds the site and serves it.
 
 # %%
 import numpy as np
 
 from notebooks import plots
 from notebooks.checks import check
+from notebooks.prints import numbers
 from reference import example, moe_forward
 from reference.capacity import group_capacity
 from reference.dispatch import combine_forward, dispatch_forward
@@ -29,9 +30,7 @@ from reference.scores import logits_forward, softmax_forward
 from reference.tokens import token_info
 
 x_TD, params, config = example.inputs(), example.params(), example.CONFIG
-for word, row in zip(example.WORDS, x_TD, strict=True):
-    parts = [f"{name} {value:.1f}" for name, value in zip(example.EXPERTS, row, strict=True)]
-    print(f"{word:>7}  " + "  ".join(parts))
+numbers(dict(zip(example.WORDS, x_TD, strict=True)), example.EXPERTS)
 
 # %% [markdown]
 # Each word is four numbers: how much grammar, thing, action and place is in it. The four experts have the same names.
@@ -41,25 +40,27 @@ for word, row in zip(example.WORDS, x_TD, strict=True):
 #
 # ## 1 · Logits
 #
-# The router is one matrix with a row for each expert; a **logit** is the product of that row with the word
-# ({{reference.scores.logits_forward}}).
-#
-# **Predict.** The row of “action” is printed below together with the word “sat”. Compute their product.
+# The **router** is what decides where a token goes: one matrix with a row for each expert. A **logit** is the product of that row with the
+# word, number times number and all added up ({{reference.scores.logits_forward}}): the larger it is, the better the two fit. Here are the
+# row of “action” and the word “sat”.
 
 # %%
 weight = params["router.weight"]
-print("row of action:", weight[2], "  sat:", x_TD[2])
+print("row of action:", weight[2])
+print("sat:          ", x_TD[2])
+
+# %% [markdown]
+# **Predict.** What is their product, the logit of “action” for “sat”?
 
 # %%
 logits_TE, _ = logits_forward(x_TD, weight)
-print("            " + "".join(f"{name:>9}" for name in example.EXPERTS))
-for word, row in zip(example.WORDS, logits_TE, strict=True):
-    print(f"{word:>10}  " + "".join(f"{value:9.1f}" for value in row))
+numbers(dict(zip(example.WORDS, logits_TE, strict=True)), example.EXPERTS)
 
 # %% [markdown]
 # ## 2 · The choice
 #
-# Each token takes its K = 2 best experts ({{reference.gating.top_k}}). The best is its first choice.
+# Each token takes the K = 2 experts with the largest logits ({{reference.gating.top_k}}). The best is its first choice. A token together
+# with one of its choices is an **assignment**: there are T · K = 16 of them.
 #
 # **Predict.** Go through the table above: what are the two choices of each word? How often is each expert chosen altogether?
 
@@ -68,7 +69,8 @@ expert_TK = top_k(logits_TE, config.gating.top_k)
 for word, (first, second) in zip(example.WORDS, expert_TK, strict=True):
     print(f"{word:>7} → {example.EXPERTS[first]}, then {example.EXPERTS[second]}")
 load_E = np.bincount(expert_TK.ravel(), minlength=len(example.EXPERTS))
-print("chosen altogether:", dict(zip(example.EXPERTS, load_E.tolist(), strict=True)))
+print("How often is each expert chosen?")
+print(", ".join(f"{name} {load}" for name, load in zip(example.EXPERTS, load_E, strict=True)))
 
 # %% [markdown]
 # ## 3 · The gates
@@ -85,15 +87,17 @@ gate_TK, _ = gates_forward(scores_TE, expert_TK, config.gating)
 for token in (2, 5):
     first, second = expert_TK[token]
     gap = logits_TE[token, first] - logits_TE[token, second]
-    print(f"{example.WORDS[token]}: gates {gate_TK[token].round(4)}, difference of the logits {gap:.1f}")
+    print(f"{example.WORDS[token]}: gates {gate_TK[token].round(3)}, logits {gap:.1f} apart")
 
 # %% [markdown]
-# Only the difference of the two chosen logits matters: the first gate is $1 / (1 + e^{-\text{difference}})$.
+# Only the difference of the two chosen logits matters: the first gate is $1 / (1 + e^{-\text{difference}})$, and the second is the
+# rest, up to 1.
 #
 # ## 4 · Capacity
 #
-# On real hardware each expert has a fixed number of places, its **capacity**: here ⌈1 · K · T / E⌉, exactly enough if all experts were
-# asked for equally often. The 1 is the *capacity factor*, which can be chosen larger. What finds no place is **dropped**.
+# On real hardware each expert has a fixed number of places, its **capacity**: here $\lceil 1 \cdot K T / E \rceil$, exactly enough if
+# all experts were asked for equally often. The 1 is the *capacity factor*, which can be chosen larger. An assignment that finds no place is
+# **dropped**: the token goes without that expert.
 #
 # **Predict.** Compute the capacity. Which expert cannot take everything it is asked for?
 
@@ -101,7 +105,8 @@ for token in (2, 5):
 slots, tokens = config.gating.top_k, token_info(len(x_TD))
 capacity = int(group_capacity(config.capacity, slots, len(load_E), tokens, training=True)[0])
 too_many = [example.EXPERTS[expert] for expert in np.flatnonzero(load_E > capacity)]
-print("capacity", capacity, "· asked for more often:", ", ".join(too_many))
+print("capacity", capacity)
+print("asked for more often:", ", ".join(too_many))
 plots.load(load_E, capacity, example.EXPERTS)
 
 # %% [markdown]
@@ -112,7 +117,8 @@ plots.load(load_E, capacity, example.EXPERTS)
 #
 # **Predict.** Five words ask for “grammar”. Which one is refused?
 #
-# Write the rule. `expert_TK[t, k]` is the k-th choice of token t; return an array of the same shape, True where the assignment is kept.
+# Write the rule in place of `raise NotImplementedError`, run the cell, and then the one with `check` below it. `expert_TK[t, k]` is choice
+# k of token t, 0 being the first; return an array of the same shape, True where the assignment is kept.
 #
 # <details><summary>Hint 1</summary>Keep one counter for each expert: how many it has accepted so far.</details>
 # <details><summary>Hint 2</summary>Two loops. Which one is the outer: the one over tokens, or the one over choices?</details>
@@ -149,7 +155,7 @@ output, _ = moe_forward(x_TD, params, config, training=True)
 keep_TK = output.routing.keep
 for token, slot in np.argwhere(~keep_TK):
     name = example.EXPERTS[expert_TK[token, slot]]
-    print(f"dropped: {name} for “{example.WORDS[token]}”, its choice number {slot + 1}")
+    print(f"dropped: {name} for “{example.WORDS[token]}”, its choice {slot + 1}")
 
 # %% [markdown]
 # ## 6 · Dispatch, experts, combine
@@ -174,10 +180,10 @@ for expert, name in enumerate(example.EXPERTS):
 # %%
 out_ND, _ = experts_forward(rows_ND, dispatch.bounds_P, params, config.experts)
 y_TD, _ = combine_forward(out_ND, gate_TK, dispatch)
-print("sat, its second expert dropped:", y_TD[2].round(3))
 row = int(np.flatnonzero(dispatch.token_N == 2)[0])
 print("gate of its first expert:", gate_TK[2, 0].round(3))
-print("output of its first expert:", out_ND[row].round(3))
+print("that expert says", out_ND[row].round(3))
+print("sat gets        ", y_TD[2].round(3))
 
 # %% [markdown]
 # The first expert's part stays as it was, and the second one's is missing: the gates that count no longer sum to 1. (Some implementations

@@ -14,6 +14,7 @@ import numpy as np
 
 from notebooks import plots
 from notebooks.checks import check
+from notebooks.prints import numbers, sentence
 from reference import example, presets
 from reference.config import GatingConfig
 from reference.gating import gates_forward, top_k
@@ -23,7 +24,7 @@ from reference.scores import logits_forward, sigmoid_forward, softmax_forward
 SAT = 2
 logits_TE, _ = logits_forward(example.inputs(), example.params()["router.weight"])
 expert_TK = top_k(logits_TE, 2)
-print("sat:", dict(zip(example.EXPERTS, logits_TE[SAT].round(1).tolist(), strict=True)))
+numbers({"logits of sat": logits_TE[SAT]}, example.EXPERTS)
 
 # %% [markdown]
 # ## 1 · Softmax first, or top-k first?
@@ -53,11 +54,11 @@ gates = {
     "C top-k, softmax": gates_of(logits_TE, expert_TK, "softmax"),
 }
 for name, gate_TK in gates.items():
-    print(f"{name:>18}: {gate_TK[SAT].round(4)}, sum {gate_TK[SAT].sum():.4f}")
+    print(f"{name:>16}: {gate_TK[SAT].round(3)}, sum {gate_TK[SAT].sum():.3f}")
 
 # %% [markdown]
-# B and C agree. Softmax is exp(z) divided by a total; dividing by the sum of the chosen scores cancels that total, and what is left is
-# exp(z) over the chosen exponentials only. That is C.
+# B and C agree. Softmax is $e^z$ divided by a total; dividing by the sum of the chosen scores cancels that total, and what is left is
+# $e^z$ divided by the sum of the chosen experts' $e^z$. That is C.
 #
 # **Predict.** Is this an accident of “sat”, or does it hold for a thousand random tokens and any K?
 
@@ -68,7 +69,8 @@ for count in (1, 2, 4, 8):
     chosen_TK = top_k(random_TE, count)
     b_TK = gates_of(softmax_forward(random_TE)[0], chosen_TK, "sum")
     c_TK = gates_of(random_TE, chosen_TK, "softmax")
-    print(f"K = {count}: no gate differs by more than 1e-15: {bool(np.abs(b_TK - c_TK).max() < 1e-15)}")
+    equal = bool(np.abs(b_TK - c_TK).max() < 1e-15)
+    print(f"K = {count}: B and C equal to within 1e-15: {equal}")
 
 # %% [markdown]
 # ## 2 · What the sum of the gates tells
@@ -79,24 +81,26 @@ for count in (1, 2, 4, 8):
 
 # %%
 total_T = gates["A softmax, top-k"].sum(1)
+print("           sum   logits, largest first")
 for token in np.argsort(-total_T, kind="stable"):
     downwards = np.sort(logits_TE[token].round(1))[::-1]
-    print(f"{example.WORDS[token]:>7}: sum {total_T[token]:.3f}   logits {downwards}")
+    print(f"{example.WORDS[token]:>7}: {total_T[token]:.3f}   {downwards}")
 
 # %% [markdown]
-# Under A an undecided router gives its experts less weight; B and C throw this away.
+# The sum is largest where two logits stand far above the rest, and smallest where a third one is close. So under A an undecided router
+# gives its experts less weight; B and C throw this away.
 #
 # **Predict.** Now add a fourth router: **D** sigmoid of each logit, $\sigma(z) = 1 / (1 + e^{-z})$, take the two best, divide by their sum
 # (DeepSeek-V3). Will its two gates for “sat” be closer together than those of B, or further apart?
 
 # %%
 sigmoid_TE, _ = sigmoid_forward(logits_TE)
-print("sigmoid scores:", dict(zip(example.EXPERTS, sigmoid_TE[SAT].round(3).tolist(), strict=True)))
+numbers({"sigmoid": sigmoid_TE[SAT]}, example.EXPERTS, 3)
 gates["D sigmoid, divide"] = gates_of(sigmoid_TE, expert_TK, "sum")
 by_expert = {name: np.zeros(len(example.EXPERTS)) for name in gates}
 for name, gate_TK in gates.items():
     by_expert[name][expert_TK[SAT]] = gate_TK[SAT]
-    print(f"{name:>18}: {gate_TK[SAT].round(4)}")
+    print(f"{name:>17}: {gate_TK[SAT].round(3)}")
 plots.gates(by_expert, example.EXPERTS, "sat")
 
 # %% [markdown]
@@ -109,15 +113,16 @@ shift = np.linspace(-6, 6, 121)
 shifted_TE = logits_TE[SAT] + shift[:, None]
 best_TK = np.broadcast_to(expert_TK[SAT], (len(shift), 2))
 first = {}
-routers = {"A": (softmax_forward, "none"), "B": (softmax_forward, "sum"), "D": (sigmoid_forward, "sum")}
+routers = {"A": (softmax_forward, "none"), "B": (softmax_forward, "sum")}
+routers["D"] = (sigmoid_forward, "sum")
 for name, (function, normalize) in routers.items():
     first[name] = gates_of(function(shifted_TE)[0], best_TK, normalize)[:, 0]
     print(f"{name}: first gate from {first[name].min():.3f} to {first[name].max():.3f}")
 plots.curves(shift, first, "added to all logits", "gate", "the first gate of “sat”")
 
 # %% [markdown]
-# Softmax does not see a common shift, the sigmoid does. Far to the left σ(z) behaves like exp(z), and D becomes B; far to the right all
-# scores are near 1, and every chosen expert gets 1/K.
+# Softmax does not see a common shift, the sigmoid does. Far to the left $\sigma(z)$ behaves like $e^z$, and D becomes B; far to the right
+# all scores are near 1, and every chosen expert gets 1/K.
 #
 # ## 3 · Choose by one number, weigh by another
 #
@@ -131,10 +136,9 @@ plots.curves(shift, first, "added to all logits", "gate", "the first gate of “
 bias_E = np.array([0.0, 0.0, 0.0, 0.2])
 steered_TK = top_k(sigmoid_TE + bias_E, 2)
 steered_gate_TK = gates_of(sigmoid_TE, steered_TK, "sum")
-for name, values_TE in (("scores", sigmoid_TE), ("scores + bias", sigmoid_TE + bias_E)):
-    print(f"{name:>13}", dict(zip(example.EXPERTS, values_TE[SAT].round(3).tolist(), strict=True)))
-names = [example.EXPERTS[expert] for expert in steered_TK[SAT]]
-print("chosen", names, "with gates", steered_gate_TK[SAT].round(4))
+numbers({"scores": sigmoid_TE[SAT], "with bias": sigmoid_TE[SAT] + bias_E}, example.EXPERTS, 3)
+for expert, gate in zip(steered_TK[SAT], steered_gate_TK[SAT], strict=True):
+    print(f"chosen: {example.EXPERTS[expert]:>6} with gate {gate:.3f}")
 
 # %% [markdown]
 # The bias has brought “place” in, and then it is forgotten: the gate of “place” is made of its score alone and stays the smaller one.
@@ -146,7 +150,7 @@ print("chosen", names, "with gates", steered_gate_TK[SAT].round(4))
 # 1. choose the K experts with the highest score + bias, best first, ties to the lowest id;
 # 2. their gates are their **scores**, divided by the sum of the K, times `scale`.
 #
-# Return both arrays, `[T, K]` each. The checker knows what released code got wrong here.
+# Return both arrays, `[T, K]` each: first the experts, then the gates. The checker knows what released code got wrong here.
 #
 # <details><summary>Hint 1</summary><code>np.argsort(…, kind="stable")</code> sorts upwards and keeps the order of equals. What must you
 # sort so that the best come first?</details>
@@ -181,8 +185,8 @@ check("gates", gates_of_v3)
 
 # %%
 bug = bugs.get("biased scores as gates")
-print("seen in:", bug.seen)
-print("caught: ", bug.symptom())
+sentence(f"seen in: {bug.seen}")
+sentence(f"caught: {bug.symptom()}")
 
 # %% [markdown]
 # The same number on top of both scores makes them more alike, and so their gates: a bias that was to change nothing has changed how much
@@ -190,23 +194,24 @@ print("caught: ", bug.symptom())
 #
 # ## 6 · Who uses what
 #
-# Each published router is a setting of the same few fields ({{reference.config.GatingConfig}}). The first word of a line is the function
-# that makes scores of logits; `identity` makes none, and the logits themselves are compared, as in C. Then comes what `normalize` does
-# with the chosen ones: `none` leaves them, `sum` divides them by their sum, `softmax` is C again.
+# Each published router is a setting of the same few fields ({{reference.config.GatingConfig}}). Under “scores” stands the function
+# that makes scores of logits; `identity` makes none, and the logits themselves are compared, as in C. Then comes K, and what `normalize`
+# does with the chosen ones: `none` leaves them, `sum` divides them by their sum, `softmax` is C again.
 #
 # **Predict.** DeepSeek-V2 chooses 6 of 160 experts by softmax and leaves their scores as they are (A); DeepSeek-V3 divides by the sum (D).
 # Both multiply a scale on afterwards. Which of the two needs the larger one?
 
 # %%
+print(f"{'router':>15} {'scores':>8} K normalize scale")
 for name in ("switch-base-128", "mixtral-8x7b", "deepseek-v2", "deepseek-v3"):
-    scores, gating = presets.get(name).scores, presets.get(name).gating
-    how = f"normalize {gating.normalize}, scale {gating.scale}"
-    print(f"{name:>15}: {scores.function:>8}, K = {gating.top_k}, {how}")
+    function, gating = presets.get(name).scores.function, presets.get(name).gating
+    print(f"{name:>15} {function:>8} {gating.top_k} {gating.normalize:>9} {gating.scale:5}")
 
 # %% [markdown]
 # Six softmax scores out of 160 are small numbers, and the layer's output would be small beside what it is added to. Gates that sum to 1
 # need less help.
 #
-# Try: K = 4 in section 1, where every expert is chosen. Which of A, B and C are the same function then, and why does D differ?
+# Try: K = 4, where every expert is chosen: write `top_k(logits_TE, 4)` in the second cell. Which of A, B and C are the same function then,
+# and why does D differ?
 #
 # **Next:** [03 · write the backward pass and check it](03_backward.ipynb)

@@ -13,6 +13,7 @@ import numpy as np
 
 from notebooks import plots
 from notebooks.checks import check
+from notebooks.prints import numbers
 from reference import example, moe_backward, moe_forward
 from reference.config import GatingConfig
 from reference.dispatch import combine_backward
@@ -24,8 +25,8 @@ GATING = GatingConfig(top_k=2, normalize="sum")
 x_TD, params, config = example.inputs(), example.params(), example.CONFIG
 logits_TE, _ = logits_forward(x_TD, params["router.weight"])
 expert_TK = top_k(logits_TE, 2)
-print("cat:", dict(zip(example.EXPERTS, logits_TE[CAT].round(1).tolist(), strict=True)))
-print("chosen:", [example.EXPERTS[expert] for expert in expert_TK[CAT]])
+numbers({"logits of cat": logits_TE[CAT]}, example.EXPERTS)
+print("chosen:", ", ".join(example.EXPERTS[expert] for expert in expert_TK[CAT]))
 
 # %% [markdown]
 # ## 1 · What the choice lets through
@@ -45,7 +46,8 @@ by_name = {name: gate_TE[:, expert] for expert, name in enumerate(example.EXPERT
 plots.curves(value, by_name, "logit of “action”", "gate", "the gates of “cat”")
 enters = value[(moved_TK == 2).any(1)][0]
 rival = np.sort(np.delete(logits_TE[CAT], 2))[-2]
-print(f"in steps of 0.02, action is chosen from {enters:.2f} on; the next best logit is {rival:.2f}")
+print(f"chosen from {enters:.2f} on (steps of 0.02)")
+print(f"the logit that it must beat is {rival:.2f}")
 
 # %% [markdown]
 # As long as “action” is not chosen, its logit moves nothing: **an expert that was not tried teaches nothing**. Where it overtakes
@@ -87,8 +89,8 @@ dgate_TK = np.zeros((len(x_TD), 2))
 dgate_TK[CAT] = [-1, 0]
 measured_TE = by_differences(gates_of, logits_TE, dgate_TK)
 gate_TK = gates_of(logits_TE)
-print(dict(zip(example.EXPERTS, (measured_TE[CAT].round(4) + 0.0).tolist(), strict=True)))
-print("product of the two gates:", (gate_TK[CAT, 0] * gate_TK[CAT, 1]).round(4))
+numbers({"gradient": measured_TE[CAT]}, example.EXPERTS, 3)
+print("product of the two gates:", (gate_TK[CAT, 0] * gate_TK[CAT, 1]).round(3))
 
 # %% [markdown]
 # Equal and opposite, and as large as the product of the gates: gradient descent raises “thing” and lowers “action”, most when the router
@@ -99,29 +101,39 @@ print("product of the two gates:", (gate_TK[CAT, 0] * gate_TK[CAT, 1]).round(4))
 # Forwards: $s = \mathrm{softmax}(z)$, then $g_k = s_{e_k} / \sum_j s_{e_j}$ over the chosen experts $e_1 \dots e_K$. Backwards, in the
 # opposite order:
 #
-# 1. from the gates to the chosen scores: every chosen score is in the sum below the line, so each gate depends on all of them;
+# 1. from the gates to the chosen scores: every chosen score is in the sum that divides, so each gate depends on all of them;
 # 2. from the chosen scores to all scores: what was not chosen gets 0;
 # 3. from the scores to the logits: every logit moves every score.
 #
-# The choice `expert_TK` is given and does not move.
+# For the way forwards you may call `softmax_forward`, as `gates_of` does; its first result is the scores.
+#
+# The choice `expert_TK` is given and does not move. Below, $dg$ is short for the cotangent of $g$, and so for $s$ and $z$.
 #
 # **Predict.** Before you write: what must each row of the result sum to? (What happens to the gates when all logits rise together?)
 #
-# <details><summary>Hint 1</summary>Step 1, with S the sum of the chosen scores: ds_k = (dg_k − Σ_j dg_j g_j) / S.</details>
+# <details><summary>Hint 1</summary>
+#
+# Step 1, with $S$ the sum of the chosen scores: $ds_{e_k} = (dg_k - \sum_j dg_j\, g_j) / S$.
+#
+# </details>
 # <details><summary>Hint 2</summary>Step 2: <code>np.put_along_axis(array, index, values, axis=1)</code> writes into the chosen
 # columns.</details>
-# <details><summary>Hint 3</summary>Step 3: dz = s · (ds − Σ_j ds_j s_j), the sum over all experts.</details>
+# <details><summary>Hint 3</summary>
+#
+# Step 3: $dz_e = s_e\, (ds_e - \sum_j ds_j\, s_j)$, the sum over all experts.
+#
+# </details>
 
 
 # %% EXERCISE
-def router_backward(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np.ndarray) -> np.ndarray:
-    """dlogits [T, E] of softmax → chosen scores → divided by their sum; softmax_forward may be used."""
+def router_backward(dgate_TK, logits_TE, expert_TK) -> np.ndarray:
+    """dlogits [T, E] of softmax → chosen scores → divided by their sum."""
     raise NotImplementedError
 
 
 # %% SOLUTION
-def router_backward(dgate_TK: np.ndarray, logits_TE: np.ndarray, expert_TK: np.ndarray) -> np.ndarray:
-    """dlogits [T, E] of softmax → chosen scores → divided by their sum; softmax_forward may be used."""
+def router_backward(dgate_TK, logits_TE, expert_TK) -> np.ndarray:
+    """dlogits [T, E] of softmax → chosen scores → divided by their sum."""
     scores_TE, _ = softmax_forward(logits_TE)
     chosen_TK = np.take_along_axis(scores_TE, expert_TK, axis=1)
     total = chosen_TK.sum(1, keepdims=True)
@@ -153,19 +165,22 @@ for bound in (1e-3, 1e-8, 1e-16):
 print("every row sums to 0:", bool(np.allclose(dlogits_TE.sum(1), 0, atol=1e-14)))
 
 # %% [markdown]
-# The differences are what is inexact: their own error is of the size of STEP², plus a rounding (1e-16) divided by STEP.
+# The differences are what is inexact: their own error is of the size of the step squared, $10^{-10}$, plus that of rounding divided by the
+# step, $10^{-16} / 10^{-5}$.
 #
 # ## 4 · One expert per token
 #
-# **Predict.** With K = 1 and a division by the sum, what is the gate? What then is the gradient of every logit? And if nobody divides?
+# **Predict.** With K = 1 and a division by the sum (`sum` below), what is the gate of “cat”? What then is the gradient of every logit? And
+# if nobody divides (`none`)?
 
 # %%
 best_TK, ones_TK = top_k(logits_TE, 1), np.ones((len(x_TD), 1))
 for normalize in ("sum", "none"):
-    gate_TK, gates = gates_forward(scores_TE, best_TK, GatingConfig(top_k=1, normalize=normalize))
+    gating = GatingConfig(top_k=1, normalize=normalize)
+    gate_TK, gates = gates_forward(scores_TE, best_TK, gating)
     dlogits_TE = softmax_backward(gates_backward(ones_TK, gates), softmax)
     largest = np.abs(dlogits_TE).max()
-    print(f"normalize {normalize}: gate of “cat” {gate_TK[CAT, 0]:.3f}, largest gradient {largest:.3f}")
+    print(f"{normalize:>4}: gate {gate_TK[CAT, 0]:.3f}, largest gradient {largest:.3f}")
 
 # %% [markdown]
 # A single gate divided by itself is 1 whatever the logits are: the task teaches such a router nothing. This is why the Switch
@@ -173,9 +188,9 @@ for normalize in ("sum", "none"):
 #
 # ## 5 · The whole layer
 #
-# Training begins with dy, the cotangent of the layer's output: the direction in which the loss grows. A gate's cotangent is how far its
-# expert's output points that way, dg = ⟨dy, out⟩ ({{reference.dispatch.combine_backward}}). From there it is your function, and then the
-# router's matrix ({{reference.scores.logits_backward}}).
+# Training begins with $dy$, the cotangent of the layer's output: the direction in which the loss grows. A gate's cotangent is how far its
+# expert's output points that way, $dg = \langle dy, \mathrm{out} \rangle$ ({{reference.dispatch.combine_backward}}). From there it is your
+# function, and then the router's matrix ({{reference.scores.logits_backward}}).
 #
 # **Predict.** The running example drops one assignment, the second choice of “sat”. What cotangent does its gate get?
 
@@ -183,7 +198,7 @@ for normalize in ("sum", "none"):
 output, cache = moe_forward(x_TD, params, config, training=True)
 dy_TD = rng.standard_normal(output.y.shape)
 _, dgate_TK = combine_backward(dy_TD, cache.apply.combine)
-print("cotangents of the gates of sat:", dgate_TK[2].round(3))
+print("cotangents of sat's gates:", dgate_TK[2].round(3))
 
 # %% [markdown]
 # **Predict.** Taken back step by step to the router's matrix, is this the gradient that {{reference.layer.moe_backward}} gives?
@@ -193,7 +208,7 @@ print("cotangents of the gates of sat:", dgate_TK[2].round(3))
 _, gates = gates_forward(scores_TE, expert_TK, GATING)
 dlogits_TE = softmax_backward(gates_backward(dgate_TK, gates), softmax)
 _, dweight, _ = logits_backward(dlogits_TE, logits_forward(x_TD, params["router.weight"])[1])
-_, dparams = moe_backward(dy_TD, cache, dloss=0.0)  # 0: without the balance loss, which is notebook 04's
+_, dparams = moe_backward(dy_TD, cache, dloss=0.0)  # 0: without notebook 04's balance loss
 same = bool(np.allclose(dweight, dparams["router.weight"], rtol=0, atol=1e-14))
 print("same as the layer's own gradient:", same)
 
@@ -211,6 +226,6 @@ print("within 1e-8 of the differences:", bool(distance < 1e-8))
 # `replay` holds the choices fixed while the weights move; without it a difference could step over an edge of the choice and measure a jump.
 # {{tests/test_gradients.py}} does what you did for every setting, parameter and loss of the reference.
 #
-# Try: a cotangent that is the same for both gates of each token. Why is the gradient 0?
+# Try: in section 2, set `dgate_TK[CAT] = [1, 1]`, a cotangent that is the same for both gates. Why is the gradient 0?
 #
 # **Next:** [04 · watch a router collapse, then rescue it](04_collapse_and_rescue.ipynb)

@@ -16,6 +16,7 @@ import numpy as np
 
 from notebooks import plots
 from notebooks.checks import check
+from notebooks.prints import sentence
 from notebooks.toy import CONFIG, task
 from reference import moe_backward, moe_forward
 from reference.balancing import dead_experts, max_violation
@@ -40,7 +41,8 @@ print("even load:", K * len(x_TD) // EXPERTS, "tokens for each expert")
 # %%
 output, cache = moe_forward(x_TD, start, CONFIG, training=True)
 load_E = output.routing.load
-print("load:", load_E.tolist(), "· experts without a token:", dead_experts(load_E))
+print("load:", load_E.tolist())
+print("experts without a token:", dead_experts(load_E))
 
 # %% [markdown]
 # All tokens have a large part in common, and whichever rows of the router fit that part best win nearly everybody. Real hidden vectors
@@ -53,8 +55,8 @@ print("load:", load_E.tolist(), "· experts without a token:", dead_experts(load
 _, gradients = moe_backward((output.y - target_TD) / len(x_TD), cache)
 for expert, load in enumerate(load_E):
     learns = bool(np.abs(gradients["experts.up_proj"][expert]).max() > 0)
-    what = "learn" if learns else "get a gradient of exactly 0"
-    print(f"expert {expert}: {load:3} tokens, its matrices {what}")
+    what = "learns" if learns else "gradient exactly 0"
+    print(f"expert {expert}: {load:3} tokens, {what}")
 
 # %% [markdown]
 # An expert without tokens learns nothing, so it gets no better, so it is not chosen. That is the whole mechanism: **collapse feeds
@@ -70,7 +72,10 @@ for expert, load in enumerate(load_E):
 
 # %%
 def train(data: tuple, weight: float, steps: int = 300) -> tuple[dict, np.ndarray, np.ndarray]:
-    """(parameters, load [steps, E], error at each step: mean square, 1 for a layer that answers 0)."""
+    """(parameters, load [steps, E], error at each step).
+
+    The error is the mean square: 1 for a layer that always says 0.
+    """
     x_TD, target_TD, params = data
     config = replace(CONFIG, balance=BalanceConfig((("expert_balance", weight),)))
     loads, errors = [], []
@@ -84,7 +89,8 @@ def train(data: tuple, weight: float, steps: int = 300) -> tuple[dict, np.ndarra
 
 
 collapsed, loads, errors = train((x_TD, target_TD, start), weight=0.0)
-print("load at the end:", loads[-1].tolist(), "· experts without a token:", dead_experts(loads[-1]))
+print("load:", loads[-1].tolist())
+print("experts without a token:", dead_experts(loads[-1]))
 plots.shares(loads, "who gets the tokens, without a balance loss")
 
 # %% [markdown]
@@ -104,7 +110,11 @@ plots.shares(loads, "who gets the tokens, without a balance loss")
 # all tokens, with a score of 1/K each?
 #
 # <details><summary>Hint 1</summary><code>np.bincount(expert_TK.ravel(), minlength=E)</code> counts; f must sum to 1.</details>
-# <details><summary>Hint 2</summary>f does not move, so ∂L/∂P_e = E · f_e; and every score enters its P with the factor 1/T.</details>
+# <details><summary>Hint 2</summary>
+#
+# $f$ does not move, so $\partial \mathcal{L} / \partial P_e = E f_e$; and every score enters its $P_e$ with the factor $1/T$.
+#
+# </details>
 
 
 # %% EXERCISE
@@ -127,8 +137,8 @@ check("balance", balance)
 
 # %% [markdown]
 # The reference has it as {{reference.balancing.expert_balance_forward}}, and `train` uses that one. Evenly used experts cost
-# E · E · (1/E) · (1/E) = 1; K experts that have everything cost E · K · (1/K) · (1/K) = E/K. Descent lowers each expert's scores in
-# proportion to how busy it is; and as the scores of a token sum to 1, those of idle experts rise.
+# $E \cdot E \cdot \frac1E \cdot \frac1E = 1$; K experts that have everything cost $E \cdot K \cdot \frac1K \cdot \frac1K = E/K$. Descent
+# lowers each expert's scores in proportion to how busy it is; and as the scores of a token sum to 1, those of idle experts rise.
 #
 # ## 4 · The rescue
 #
@@ -140,16 +150,18 @@ check("balance", balance)
 
 # %%
 rescued, more_loads, more_errors = train((x_TD, target_TD, collapsed), weight=1.0)
-print("load after the rescue:", more_loads[-1].tolist())
+print("load:", more_loads[-1].tolist())
 print(f"MaxVio {max_violation(loads[-1]):.2f} → {max_violation(more_loads[-1]):.2f}")
 all_loads = np.concatenate([loads, more_loads])
 plots.shares(all_loads, "the balance loss is switched on at the line", mark=len(loads))
 
 # %%
 both = {"error": np.concatenate([errors, more_errors])}
-plots.curves(np.arange(600), both, "step", "mean square", "the error of the task", scale="log", mark=300)
+steps, title = np.arange(600), "the error of the task"
+plots.curves(steps, both, "step", "mean square", title, scale="log", mark=300)
 worst, after = more_errors.max(), more_errors[-1]
-print(f"error when it is switched on {errors[-1]:.3f}, at the worst {worst:.3f}, at the end {after:.3f}")
+print(f"error when the loss is switched on {errors[-1]:.3f}")
+print(f"at the worst {worst:.3f}, at the end {after:.3f}")
 
 # %% [markdown]
 # The jump is the price: tokens are taken from experts that knew them and given to experts that know nothing. Then these learn, too. One
@@ -158,21 +170,23 @@ print(f"error when it is switched on {errors[-1]:.3f}, at the worst {worst:.3f},
 #
 # ## 5 · How much weight, and from when on?
 #
-# **Predict.** Now from the first step on, with three different starts, one in each column. From which weight on is every expert used?
-# Which weight gives the smallest error: the largest?
+# **Predict.** Now from the first step on, with three different starts: three numbers stand side by side, one for each start. From which
+# weight on is every expert used? Which weight gives the smallest error: the largest?
 
 # %%
+print("weight  MaxVio       unused error")
 for weight in (0.0, 0.1, 1.0, 10.0):
     runs = [train(task(seed), weight) for seed in range(3)]
-    ends = [(max_violation(loads[-1]), dead_experts(loads[-1]), errors[-1]) for _, loads, errors in runs]
-    texts = [f"MaxVio {violation:.1f}, {dead} unused, error {error:.2f}" for violation, dead, error in ends]
-    print(f"weight {weight:4}:  " + "   ".join(texts))
+    violations = [f"{max_violation(loads[-1]):.1f}" for _, loads, _ in runs]
+    unused = [str(dead_experts(loads[-1])) for _, loads, _ in runs]
+    ends = [f"{errors[-1]:.2f}" for _, _, errors in runs]
+    print(f"{weight:6} ", *violations, "", *unused, "", *ends)
 
 # %% [markdown]
 # Too little evens little: 0.1 brings some experts in for two of the starts, and changes nothing for the first one. With 1 these two have an
 # even load and errors as small as any, and 10 makes them larger again, for then the router listens to the loss instead of the tokens;
-# the first start needs 10. A weight is weighed against the gradient of *this* task, so these numbers
-# carry over to no other: the papers use 0.02 and less.
+# the first start needs 10. A weight is weighed against the gradient of *this* task, so these numbers carry over to no other: the papers use
+# 0.02 and less.
 #
 # ## 6 · Too late
 #
@@ -185,15 +199,15 @@ for weight in (0.0, 0.1, 1.0, 10.0):
 x0_TD, target0_TD, start0 = task(seed=0)
 stuck, loads, _ = train((x0_TD, target0_TD, start0), weight=0.0)
 _, more_loads, _ = train((x0_TD, target0_TD, stuck), weight=1.0)
-print("collapsed:   ", loads[-1].tolist())
-print("with the loss", more_loads[-1].tolist())
+print("collapsed:", loads[-1].tolist())
+print("rescued:  ", more_loads[-1].tolist())
 output, _ = moe_forward(x0_TD, stuck, CONFIG, training=True)
 others = np.sort(output.routing.scores, axis=1)[:, :-2]
-print(f"largest score beside the best two of a token: {others.max():.0e}")
+print(f"largest score outside the best two: {others.max():.0e}")
 
 # %% [markdown]
-# The balance loss is as high as it can be, E/K = 4, and its gradient is gone: through a softmax it passes as s · (1 − s), and s is next to
-# 0 for the experts that should rise.
+# The balance loss is as high as it can be, E/K = 4, and its gradient is gone: through a softmax it passes as $s (1 - s)$, and the score
+# $s$ is next to 0 for the experts that should rise.
 #
 # **Predict.** Divide the router's matrix by 20, which changes no choice at all, and rescue again. Does it work now?
 
@@ -201,13 +215,15 @@ print(f"largest score beside the best two of a token: {others.max():.0e}")
 loosened = stuck | {"router.weight": stuck["router.weight"] / 20}
 _, more_loads, more_errors = train((x0_TD, target0_TD, loosened), weight=1.0)
 load_E = more_loads[-1]
-print("with small logits and the loss:", load_E.tolist(), "· unused:", dead_experts(load_E))
+print("load:", load_E.tolist())
+print("experts without a token:", dead_experts(load_E))
 others = np.sort(softmax_forward(output.routing.logits / 20)[0], axis=1)[:, :-2]
-print(f"largest score beside the best two, logits divided by 20: {others.max():.2f}")
+print(f"largest score outside the best two: {others.max():.2f}")
 
 # %% [markdown]
 # Most of them come back. So the loss must be there from the beginning, and the logits must stay small. The second is what the **z-loss**
-# is for, the mean square of log Σ e^logit ({{reference.balancing.router_z_forward}}).
+# is for, the mean square of $\log \sum_e e^{z_e}$ over the tokens, where $z_e$ are a token's logits
+# ({{reference.balancing.router_z_forward}}).
 #
 # ## 7 · A trap
 #
@@ -216,14 +232,13 @@ print(f"largest score beside the best two, logits divided by 20: {others.max():.
 
 # %%
 bug = bugs.get("counted after the drop")
-print("seen in:", bug.seen)
-print("caught: ", bug.symptom())
+sentence(f"seen in: {bug.seen}")
+sentence(f"caught: {bug.symptom()}")
 
 # %% [markdown]
 # After the drop no expert counts more than its capacity, so the counts of a collapsed router are nearly even, and the loss says “as good
 # as 1” where E/K would be true.
 #
-# Try: a weight that falls to 0 after 100 steps. Does the load stay even? And K = 1, for which Switch was made: is collapse faster or
-# slower?
+# Try: train for 100 steps with weight 1, then with weight 0 from the parameters that `train` returned. Does the load stay even?
 #
 # **Next:** [05 · capacity, drops and padding](05_capacity.ipynb)

@@ -14,6 +14,7 @@ import numpy as np
 
 from notebooks import plots
 from notebooks.checks import check
+from notebooks.prints import sentence
 from reference.balancing import drop_rate_by_position
 from reference.capacity import group_capacity, keep_within_capacity, queue_order
 from reference.config import CapacityConfig, GatingConfig
@@ -47,29 +48,33 @@ for name, expert_TK in chosen.items():
 everyone = token_info(TOKENS)
 
 
-def kept(expert_TK: np.ndarray, gate_TK: np.ndarray, config: CapacityConfig, tokens=everyone) -> tuple:
+def kept(expert_TK, gate_TK, config: CapacityConfig, tokens=everyone) -> tuple:
     """(which assignments find a place [T, K], the capacity), as the reference decides it."""
     capacity = group_capacity(config, K, EXPERTS, tokens, training=True)
     order_N = queue_order(gate_TK, config.order, Draws(None), training=True)
     wanted_TK = np.repeat(tokens.real_T[:, None], K, axis=1)
-    return keep_within_capacity(expert_TK, wanted_TK, capacity, order_N, tokens), int(capacity[0])
+    keep_TK = keep_within_capacity(expert_TK, wanted_TK, capacity, order_N, tokens)
+    return keep_TK, int(capacity[0])
 
 
 gate = {}
 for name, expert_TK in chosen.items():
     scores_TE, _ = softmax_forward(logits[name])
     gate[name], _ = gates_forward(scores_TE, expert_TK, GatingConfig(top_k=K, normalize="sum"))
-    keep_TK, capacity = kept(expert_TK, gate[name], CapacityConfig("per_assignment", factor=1.0))
+    config = CapacityConfig("per_assignment", factor=1.0)
+    keep_TK, capacity = kept(expert_TK, gate[name], config)
     dropped, empty = (~keep_TK).sum(), EXPERTS * capacity - keep_TK.sum()
-    print(f"{name:>6}: {EXPERTS} times {capacity} places, {dropped:3} dropped, {empty:3} empty")
+    places = EXPERTS * capacity
+    print(f"{name:>6}: {dropped:3} dropped, {empty:3} of {places} places free")
 load_E = np.bincount(chosen["skewed"].ravel(), minlength=EXPERTS)
 plots.load(load_E, capacity, [str(expert) for expert in range(EXPERTS)])
 
 # %% [markdown]
-# At factor 1 as many places stay empty as assignments are dropped, each where the other is not.
+# At factor 1 as many places stay free as assignments are dropped, each where the other is not.
 #
-# **Predict.** Sketch both shares for the skewed router as the factor grows from 0 to 4: which curve falls to 0, and where? (Its loads
-# stand above. How many places does expert 0 need?) What share of the places is empty at that point?
+# **Predict.** Sketch two shares for the skewed router as the factor grows from 0 to 4, that of the assignments that are dropped and that of
+# the places that stay empty: which curve falls to 0, and where? (Its loads stand above. How many places does expert 0 need?) What share of
+# the places is empty at that point? The cell tries factors in steps of 1/8.
 
 # %%
 factors, shares = np.linspace(0.125, 4, 32), {}
@@ -77,12 +82,15 @@ for name, expert_TK in chosen.items():
     configs = [CapacityConfig("per_assignment", factor=float(factor)) for factor in factors]
     results = [kept(expert_TK, gate[name], config) for config in configs]
     dropped = np.array([(~keep_TK).mean() for keep_TK, _ in results])
-    empty = np.array([1 - keep_TK.sum() / (EXPERTS * capacity) for keep_TK, capacity in results])
+    empty = np.array([1 - keep_TK.sum() / (EXPERTS * places) for keep_TK, places in results])
     shares |= {f"dropped, {name}": dropped, f"empty, {name}": empty}
-    needed, enough = np.bincount(expert_TK.ravel()).max() / (K * TOKENS / EXPERTS), int(np.argmin(dropped))
-    print(f"{name:>6}: the busiest expert needs factor {needed:.2f}; in steps of 1/8, nothing is dropped")
-    print(f"        from {factors[enough]:.3f} on, and there {empty[enough]:.0%} of the places are empty")
-plots.curves(factors, shares, "capacity factor", "share", "assignments dropped, and places empty")
+    needed = np.bincount(expert_TK.ravel()).max() / (K * TOKENS / EXPERTS)
+    enough = int(np.argmin(dropped))
+    print(f"{name:>6}: the busiest expert needs {needed:.2f};")
+    print(f"        nothing is dropped from {factors[enough]:.3f} on,")
+    print(f"        where {empty[enough]:.0%} of the places are empty")
+title = "assignments dropped, and places empty"
+plots.curves(factors, shares, "capacity factor", "share", title)
 
 # %% [markdown]
 # An empty place is computed like any other. Even a fair router needs a factor above 1, for chance is not even; a skewed one pays for its
@@ -94,17 +102,19 @@ plots.curves(factors, shares, "capacity factor", "share", "assignments dropped, 
 # {{reference.capacity.by_probability}}): all first choices before all second ones, token after token, or the largest gate first.
 #
 # **Predict.** The skewed router, factor 1. Cut the sequence into eight parts. In which part do most drops lie, under each order? And
-# under which order is the most weight (the sum of the gates) lost?
+# under which order is the most weight (the sum of the gates) lost? The table counts what is dropped, and how much of it first choices.
 
 # %%
 orders = ("choice_major", "token_major", "probability")
 by_part = {}
+print("             dropped  firsts  weight lost")
 for order in orders:
     config = CapacityConfig("per_assignment", factor=1.0, order=order)
     keep_TK, _ = kept(chosen["skewed"], gate["skewed"], config)
-    by_part[order] = drop_rate_by_position(np.ones_like(keep_TK), keep_TK, np.arange(TOKENS), 8)
-    weight, firsts, total = gate["skewed"][~keep_TK].sum() / TOKENS, (~keep_TK[:, 0]).sum(), (~keep_TK).sum()
-    print(f"{order:>12}: {total} dropped, {firsts} of them first choices; weight lost {weight:.0%}")
+    asked_TK = np.ones_like(keep_TK)
+    by_part[order] = drop_rate_by_position(asked_TK, keep_TK, np.arange(TOKENS), 8)
+    lost = gate["skewed"][~keep_TK].sum() / TOKENS
+    print(f"{order:>12} {(~keep_TK).sum():7} {(~keep_TK[:, 0]).sum():7} {lost:12.0%}")
 parts = [f"part {part}" for part in range(1, 9)]
 plots.bars(parts, by_part, "share of assignments dropped, by part of the sequence", "dropped")
 
@@ -168,14 +178,20 @@ longer_gate_TK = np.concatenate([np.full((64, K), 0.5), gate["skewed"]])
 pad_mask = np.arange(len(longer_TK)) < 64
 config = CapacityConfig("per_assignment", factor=1.0)
 alone_TK, capacity = kept(skewed_TK, gate["skewed"], config)
-masked_TK, _ = kept(longer_TK, longer_gate_TK, config, token_info(len(longer_TK), pad_mask=pad_mask))
+words = token_info(len(longer_TK), pad_mask=pad_mask)
+masked_TK, _ = kept(longer_TK, longer_gate_TK, config, words)
 order_N = queue_order(longer_gate_TK, config.order, Draws(None), training=True)
-all_real, everything_TK = token_info(len(longer_TK)), np.ones_like(masked_TK)
-queued_TK = keep_within_capacity(longer_TK, everything_TK, np.array([capacity]), order_N, all_real)
-fates = {"no padding": alone_TK, "padding masked": masked_TK[64:], "padding queued": queued_TK[64:]}
+all_real, all_TK = token_info(len(longer_TK)), np.ones_like(masked_TK)
+queued_TK = keep_within_capacity(longer_TK, all_TK, np.array([capacity]), order_N, all_real)
+fates = {
+    "no padding": alone_TK,
+    "padding masked": masked_TK[64:],
+    "padding queued": queued_TK[64:],
+}
 for name, keep_TK in fates.items():
-    print(f"{name:>14}: {(~keep_TK).sum()} assignments of words dropped")
-print("masked padding changes nothing for any word:", bool(np.array_equal(alone_TK, masked_TK[64:])))
+    print(f"{name:>14}: {(~keep_TK).sum()} dropped")
+unchanged = bool(np.array_equal(alone_TK, masked_TK[64:]))
+print("masked, no word's fate changes:", unchanged)
 
 # %% [markdown]
 # Queued padding takes all places of expert 0, and of expert 1 what the first choices have left. This has shipped. The museum has it, and
@@ -189,7 +205,9 @@ print("masked padding changes nothing for any word:", bool(np.array_equal(alone_
 # %%
 for name in ("padding eats capacity", "second choices from zero"):
     bug = bugs.get(name)
-    print(f"{name}\n  seen:   {bug.seen}\n  caught: {bug.symptom()}")
+    print("mistake:", name)
+    sentence(f"seen in: {bug.seen}")
+    sentence(f"caught: {bug.symptom()}")
 
 # %% [markdown]
 # ## 5 · Groups
@@ -201,15 +219,19 @@ for name in ("padding eats capacity", "second choices from zero"):
 
 # %%
 group_ids = np.arange(TOKENS) // 128
-apart_TK, capacity = kept(skewed_TK, gate["skewed"], config, token_info(TOKENS, group_ids=group_ids))
+groups = token_info(TOKENS, group_ids=group_ids)
+apart_TK, capacity = kept(skewed_TK, gate["skewed"], config, groups)
 first_TK, _ = kept(skewed_TK[:128], gate["skewed"][:128], config, token_info(128))
-print(f"two groups of capacity {capacity}: {(~apart_TK).sum()} dropped; one group: {(~alone_TK).sum()}")
-print("the first sequence fares as if it were alone:", bool(np.array_equal(apart_TK[:128], first_TK)))
+print(f"one group: {(~alone_TK).sum()} dropped")
+print(f"two groups of capacity {capacity}: {(~apart_TK).sum()} dropped")
+alike = bool(np.array_equal(apart_TK[:128], first_TK))
+print("the first one as if it were alone:", alike)
 
 # %% [markdown]
 # Smaller groups drop a little more, for in a small group chance is less even. They are also what makes the layer's result independent of
 # the rest of the batch, apart from rounding.
 #
-# Try: `CapacityConfig("per_token")`, Switch's formula without K. What does its factor 1 mean with K = 2?
+# Try: `CapacityConfig("per_token", …)` in section 1, the Switch Transformer's formula, which leaves out K. What does its factor 1 mean with
+# K = 2?
 #
 # **Next:** [06 · balance by bias: a controller](06_bias_controller.ipynb)

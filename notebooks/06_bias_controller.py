@@ -16,6 +16,7 @@ import numpy as np
 
 from notebooks import plots
 from notebooks.checks import check
+from notebooks.prints import sentence
 from notebooks.toy import CONFIG, task
 from reference import moe_backward, moe_forward
 from reference.balancing import BIAS_RULES, max_violation, sign_bias_update
@@ -30,7 +31,8 @@ taste_E = np.linspace(1, -1, EXPERTS)
 
 def scores_of(step: int, taste_E: np.ndarray = taste_E) -> np.ndarray:
     """Sigmoid scores [T, E] of a fresh batch, in which expert 0 is liked best on average."""
-    return sigmoid_forward(taste_E + np.random.default_rng(step).standard_normal((TOKENS, EXPERTS)))[0]
+    rng = np.random.default_rng(step)
+    return sigmoid_forward(taste_E + rng.standard_normal((TOKENS, EXPERTS)))[0]
 
 
 def load_of(expert_TK: np.ndarray) -> np.ndarray:
@@ -40,7 +42,8 @@ def load_of(expert_TK: np.ndarray) -> np.ndarray:
 
 scores_TE = scores_of(0)
 load_E = load_of(top_k(scores_TE, K))
-print(f"load: {load_E.tolist()} · mean {TOKENS * K // EXPERTS} · MaxVio {max_violation(load_E):.2f}")
+print("load:", load_E.tolist())
+print(f"mean {TOKENS * K // EXPERTS}, MaxVio {max_violation(load_E):.2f}")
 
 # %% [markdown]
 # MaxVio says by how much the busiest expert exceeds the mean ({{reference.balancing.max_violation}}): 0 is perfect.
@@ -54,7 +57,8 @@ print(f"load: {load_E.tolist()} · mean {TOKENS * K // EXPERTS} · MaxVio {max_v
 
 # %%
 bias_E = sign_bias_update(np.zeros(EXPERTS), load_E, 0.05)
-print("bias:", bias_E.tolist())
+for value in np.unique(bias_E):
+    print(f"bias {value:+.2f}: experts", np.flatnonzero(bias_E == value).tolist())
 print("load:", load_of(top_k(scores_TE + bias_E, K)).tolist())
 
 # %% [markdown]
@@ -69,8 +73,9 @@ same_T = (before_TK == after_TK).all(1)
 gate_before_TK, _ = gates_forward(scores_TE, before_TK, gating)
 gate_after_TK, _ = gates_forward(scores_TE, after_TK, gating)
 unmoved = np.array_equal(gate_before_TK[same_T], gate_after_TK[same_T])
-print(f"{(~same_T).sum()} of {TOKENS} tokens choose differently, or in another order")
-print("the gates of all others are exactly as they were:", unmoved)
+print(f"{(~same_T).sum()} of {TOKENS} tokens choose differently,")
+print("or in another order")
+print("all other gates exactly as they were:", unmoved)
 
 # %% [markdown]
 # The gates are made of the scores, and the scores have not moved. The bias decides who is asked, not how much the answer counts.
@@ -78,7 +83,8 @@ print("the gates of all others are exactly as they were:", unmoved)
 # ## 2 · The step of many ranks (exercise)
 #
 # In training, each of R processes, called *ranks*, sees its own part of the batch and counts its own load. Write one step of the bias from
-# all of them: `load_RE` holds a row of loads for each rank. The rule is about the **whole** batch.
+# all of them: `load_RE` holds a row of loads for each rank. The rule is about the **whole** batch, and whoever has just the mean load
+# stays.
 #
 # **Predict.** One rank says expert 0 has too much, another that it has too little. Who wins?
 #
@@ -88,13 +94,13 @@ print("the gates of all others are exactly as they were:", unmoved)
 
 # %% EXERCISE
 def bias_step(bias_E: np.ndarray, load_RE: np.ndarray, rate: float) -> np.ndarray:
-    """The bias after one step, [E]: up by rate below the mean load, down above it, unchanged at it."""
+    """The bias [E] after one step: up by rate below the mean load, down above it."""
     raise NotImplementedError
 
 
 # %% SOLUTION
 def bias_step(bias_E: np.ndarray, load_RE: np.ndarray, rate: float) -> np.ndarray:
-    """The bias after one step, [E]: up by rate below the mean load, down above it, unchanged at it."""
+    """The bias [E] after one step: up by rate below the mean load, down above it."""
     load_E = load_RE.sum(0)
     return bias_E + rate * np.sign(load_E.mean() - load_E)
 
@@ -125,9 +131,10 @@ def control(rate: float, rule: str = "sign", steps: int = 200, taste_of=lambda s
 
 
 by_rate = {f"γ = {rate}": control(rate)[0] for rate in (0.001, 0.01, 0.1)}
+print("MaxVio     at first  step 50  last 20 steps")
 for name, violations in by_rate.items():
-    at_first, later, at_last = violations[0], violations[50], violations[-20:].mean()
-    print(f"{name:>9}: MaxVio {at_first:.2f}, after 50 steps {later:.2f}, in the last 20 steps {at_last:.2f}")
+    at_last = violations[-20:].mean()
+    print(f"{name:>9} {violations[0]:9.2f} {violations[50]:8.2f} {at_last:14.2f}")
 plots.curves(np.arange(200), by_rate, "step", "MaxVio", "MaxVio under three step sizes")
 
 # %% [markdown]
@@ -141,7 +148,7 @@ plots.curves(np.arange(200), by_rate, "step", "MaxVio", "MaxVio under three step
 violations, biases = control(0.01)
 settled, resting_E = int(np.argmax(violations < 0.2)), biases[100:].mean(0)
 print(f"MaxVio is below 0.2 first at step {settled}")
-print(f"later the biases rest between {resting_E.min():.2f} and {resting_E.max():.2f}")
+print(f"the biases rest from {resting_E.min():.2f} to {resting_E.max():.2f}")
 by_expert = {f"expert {expert}": bias for expert, bias in enumerate(biases.T)}
 plots.curves(np.arange(200), by_expert, "step", "bias", "the biases, γ = 0.01")
 
@@ -160,9 +167,10 @@ def turning(step: int) -> np.ndarray:
 
 rates = {"sign": 0.01, "proportional": 0.2}
 turned = {rule: control(rate, rule, taste_of=turning)[0] for rule, rate in rates.items()}
+print("MaxVio       at first  before  step 100")
 for rule, violations in turned.items():
     before, at = violations[90:100].mean(), violations[100]
-    print(f"{rule:>12}: MaxVio {violations[0]:.2f}, before the turn {before:.2f}, at the turn {at:.2f}")
+    print(f"{rule:>12} {violations[0]:8.2f} {before:7.2f} {at:9.2f}")
 plots.curves(np.arange(200), turned, "step", "MaxVio", "MaxVio, and a turn at step 100")
 
 # %% [markdown]
@@ -175,8 +183,8 @@ plots.curves(np.arange(200), turned, "step", "MaxVio", "MaxVio, and a turn at st
 # The task of notebook 04, with the bias instead of the loss: one update after each step of gradient descent
 # ({{reference.config.BalanceConfig}}), γ = 0.003, once with softmax and once with sigmoid scores.
 #
-# **Predict.** Three starts, one in each column. Does the bias bring every expert into use? With which scores will one γ do better: with
-# softmax scores, which can come as close to 0 as they like, or with sigmoid scores of an undecided router, which lie around ½?
+# **Predict.** Three starts, and so three numbers side by side. Does the bias bring every expert into use? With which scores will one γ do
+# better: with softmax scores, which can come as close to 0 as they like, or with sigmoid scores of an undecided router, which lie around ½?
 
 
 # %%
@@ -190,7 +198,8 @@ def train(seed: int, config: MoEConfig, steps: int = 300) -> tuple[np.ndarray, f
         output, cache = moe_forward(x_TD, params, config, training=True)
         loads.append(output.routing.load)
         _, gradients = moe_backward((output.y - target_TD) / len(x_TD), cache)
-        params = {name: value - 0.04 * gradients.get(name, 0) for name, value in params.items()}
+        for name, gradient in gradients.items():
+            params = params | {name: params[name] - 0.04 * gradient}
         if config.gating.correction_bias:
             bias_E, rate = params["router.correction_bias"], config.balance.bias_rate
             params["router.correction_bias"] = sign_bias_update(bias_E, loads[-1], rate)
@@ -199,14 +208,15 @@ def train(seed: int, config: MoEConfig, steps: int = 300) -> tuple[np.ndarray, f
 
 controlled = BalanceConfig(bias_rule="sign", bias_rate=0.003)
 for function in ("softmax", "sigmoid"):
+    print(f"{function}  MaxVio       error")
     for name, balance in (("no bias", BalanceConfig()), ("bias", controlled)):
         gating = GatingConfig(top_k=2, normalize="sum", correction_bias=balance is controlled)
         config = replace(CONFIG, scores=ScoresConfig(function), gating=gating, balance=balance)
         runs = [train(seed, config) for seed in range(3)]
-        ends = [(np.mean(list(map(max_violation, loads[-20:]))), error) for loads, error in runs]
-        texts = [f"MaxVio {violation:.1f}, error {error:.2f}" for violation, error in ends]
-        print(f"{function}, {name:>7}:  " + "   ".join(texts))
-plots.shares(runs[0][0], "sigmoid scores and a bias, the first start: who gets the tokens")
+        violations = [np.mean([*map(max_violation, loads[-20:])]) for loads, _ in runs]
+        texts = [f"{violation:.1f}" for violation in violations]
+        print(f"{name:>7} ", *texts, "", *(f"{error:.2f}" for _, error in runs))
+plots.shares(runs[0][0], "who gets the tokens: sigmoid scores and a bias, first start")
 
 # %% [markdown]
 # (MaxVio is the mean over the last 20 steps.) With sigmoid scores the load is even and the error lower than without. With
@@ -220,14 +230,14 @@ plots.shares(runs[0][0], "sigmoid scores and a bias, the first start: who gets t
 
 # %%
 bug = bugs.get("correction bias in bfloat16")
-print("seen in:", bug.seen)
-print("caught: ", bug.symptom())
+sentence(f"seen in: {bug.seen}")
+sentence(f"caught: {bug.symptom()}")
 
 # %% [markdown]
 # Between 1 and 2, bfloat16 has only steps of 1/128, and what rises by less than half a step is rounded back. So the bias is kept in fp32,
 # whatever the model computes in.
 #
-# Try: 64 tokens in a batch instead of 512. Which γ is best now, and why? And `centered_sign`, torchtitan's rule: what is always 0 under
-# it?
+# Try: `TOKENS = 64` in the second cell, and section 3 again. Which γ is best now, and why? And `control(0.01, "centered_sign")`, the rule
+# of torchtitan (a library for training): which sum of its biases is always 0?
 #
 # **Next:** [07 · a tiny MoE language model](07_language_model.ipynb)

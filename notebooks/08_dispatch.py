@@ -14,6 +14,7 @@ import numpy as np
 
 from notebooks import plots
 from notebooks.checks import check
+from notebooks.prints import sentence
 from reference import MoEConfig, dispatch, init_params
 from reference.config import ExpertsConfig
 from reference.dispatch import combine_forward, dispatch_backward, dispatch_forward
@@ -21,7 +22,7 @@ from reference.experts import experts_forward
 from reference.gating import top_k
 from reference.proof import bugs
 
-TOKENS, WIDTH, EXPERTS, K = 12, 8, 4, 2
+TOKENS, WIDTH, EXPERTS, K = 10, 8, 4, 2
 rng = np.random.default_rng(0)
 config = MoEConfig(WIDTH, experts=ExpertsConfig(EXPERTS, 6, "relu"))
 params = init_params(config, rng)
@@ -31,14 +32,15 @@ gate_TK = rng.dirichlet(np.ones(K), TOKENS)
 keep_TK = np.ones(expert_TK.shape, bool)
 keep_TK[3, 1] = keep_TK[9, 0] = False
 for token in range(4):
-    print(f"token {token} → experts {expert_TK[token].tolist()}, kept {keep_TK[token].tolist()}")
+    experts, kept = expert_TK[token].tolist(), keep_TK[token].tolist()
+    print(f"token {token} → experts {experts}, kept {kept}")
 
 # %% [markdown]
 # ## 1 · The loop that everybody understands
 #
 # For each token and each of its choices: send the token through the expert, weigh the result, add it up.
 #
-# **Predict.** 12 tokens, K = 2, two assignments dropped. How many products of a *vector* with an expert's matrices does this loop make?
+# **Predict.** 10 tokens, K = 2, two assignments dropped. How many products of a *vector* with an expert's matrices does this loop make?
 # On a machine that is fast at products of *matrices*, what is wrong with it?
 
 
@@ -63,22 +65,26 @@ print(products, "products of one row")
 #
 # ## 2 · Sort
 #
-# List the kept assignments token by token. Then sort the list by expert. Each entry becomes a **row**: a copy of the token.
-#
-# **Predict.** Below is the list before sorting. In which row will token 0's two copies be afterwards? Where do expert 2's rows begin?
+# List the kept assignments token by token: above stands the token, below it the expert.
 
 # %%
 token_N, slot_N = np.nonzero(keep_TK)
 expert_N = expert_TK[token_N, slot_N]
-print("token: ", token_N.tolist())
-print("expert:", expert_N.tolist())
+print("token: ", *token_N)
+print("expert:", *expert_N)
 print("rows of each expert:", np.bincount(expert_N, minlength=EXPERTS).tolist())
+
+# %% [markdown]
+# Now sort this list by expert, in such a way that entries of the same expert stay in the order in which they stand. Each entry becomes a
+# **row**: a copy of the token. Rows are counted from 0.
+#
+# **Predict.** In which rows will token 0's two copies be afterwards? Where do expert 2's rows begin?
 
 # %%
 by_expert_N = np.argsort(expert_N, kind="stable")
-print("token: ", token_N[by_expert_N].tolist())
-print("expert:", expert_N[by_expert_N].tolist())
-print("token 0 in rows", np.flatnonzero(token_N[by_expert_N] == 0).tolist(), end=" · ")
+print("token: ", *token_N[by_expert_N])
+print("expert:", *expert_N[by_expert_N])
+print("token 0 in rows", np.flatnonzero(token_N[by_expert_N] == 0).tolist())
 print("expert 2 from row", int(np.argmax(expert_N[by_expert_N] == 2)))
 orders = (np.arange(len(token_N)), by_expert_N)
 plots.moves(token_N, expert_N, ("before sorting", "after sorting"), orders)
@@ -90,7 +96,7 @@ plots.moves(token_N, expert_N, ("before sorting", "after sorting"), orders)
 # ## 3 · The three arrays (exercise)
 #
 # Everything about dispatch is said by `token_N` (whose copy a row is), `slot_N` (which of its choices) and `bounds_P`: expert e owns the
-# rows from `bounds[e]` up to `bounds[e + 1]`, so there are P = E + 1 bounds.
+# rows from `bounds[e]` up to `bounds[e + 1]`, so there are P = E + 1 bounds. Return these three arrays.
 #
 # **Predict.** What are the bounds of an expert that nobody chose?
 #
@@ -101,13 +107,13 @@ plots.moves(token_N, expert_N, ("before sorting", "after sorting"), orders)
 
 # %% EXERCISE
 def sort_rows(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> tuple:
-    """Three arrays: token [N], slot [N], bounds [E + 1] of the kept assignments in expert order."""
+    """token [N], slot [N], bounds [E + 1] of the kept assignments in expert order."""
     raise NotImplementedError
 
 
 # %% SOLUTION
 def sort_rows(expert_TK: np.ndarray, keep_TK: np.ndarray, experts: int) -> tuple:
-    """Three arrays: token [N], slot [N], bounds [E + 1] of the kept assignments in expert order."""
+    """token [N], slot [N], bounds [E + 1] of the kept assignments in expert order."""
     token_N, slot_N = np.nonzero(keep_TK)
     expert_N = expert_TK[token_N, slot_N]
     order_N = np.argsort(expert_N, kind="stable")
@@ -133,8 +139,10 @@ rows_ND, where = dispatch_forward(x_TD, expert_TK, keep_TK, EXPERTS)
 out_ND = experts_forward(rows_ND, where.bounds_P, params, config.experts)[0]
 sorted_TD, _ = combine_forward(out_ND, gate_TK, where)
 rows_E = np.diff(where.bounds_P).tolist()
-print(f"bounds: {where.bounds_P.tolist()} · {EXPERTS} products of {rows_E} rows")
-print("equal to the loop up to rounding:", bool(np.allclose(sorted_TD, looped_TD, rtol=0, atol=1e-14)))
+same = bool(np.allclose(sorted_TD, looped_TD, rtol=0, atol=1e-14))
+print("bounds:", where.bounds_P.tolist())
+print(f"{EXPERTS} products of {rows_E} rows")
+print("equal to the loop up to rounding:", same)
 
 # %% [markdown]
 # Equal to the last bit it need not be: a product of many rows may add its terms in another order than a product of one row, and the order
@@ -153,7 +161,7 @@ hasty_TD[where.token_N] += weighted_ND
 wrong_T = ~np.isclose(hasty_TD, sorted_TD, rtol=0, atol=1e-14).all(1)
 print("wrong tokens:", np.flatnonzero(wrong_T).tolist())
 print("kept choices of the others:", keep_TK.sum(1)[~wrong_T].tolist())
-print("in the museum:", bugs.get("last slot wins").mistake)
+sentence(f"in the museum: {bugs.get('last slot wins').mistake}")
 
 # %% [markdown]
 # Only tokens with a single row come out right: NumPy reads, adds and writes once for each distinct index. `np.add.at` adds them all. The
@@ -161,7 +169,7 @@ print("in the museum:", bugs.get("last slot wins").mistake)
 # to one place.
 #
 # The other way: invert the permutation. `row_TK[t, k]` says in which row choice k of token t was computed. Then each token **gathers**
-# its K rows and adds them in a fixed order: no two writers, no atomics, the same bits every time.
+# its K rows and adds them in a fixed order: no two programs write to one place, nobody waits, and the bits are the same every time.
 #
 # **Predict.** How is the inverse made from `token_N` and `slot_N` in one assignment? What stands where an assignment was dropped?
 
@@ -170,7 +178,8 @@ row_TK = np.full(expert_TK.shape, -1)
 row_TK[where.token_N, where.slot_N] = np.arange(len(where.token_N))
 padded_ND = np.concatenate([out_ND, np.zeros((1, WIDTH))])
 gathered_TD = (gate_TK[:, :, None] * padded_ND[row_TK]).sum(1)
-print("rows of the first four tokens:", row_TK[:4].tolist())
+print("rows of the first four tokens:")
+print(row_TK[:4].tolist())
 same = bool(np.allclose(gathered_TD, sorted_TD, rtol=0, atol=1e-14))
 print("equal to the scatter up to rounding:", same)
 
@@ -183,7 +192,8 @@ print("equal to the scatter up to rounding:", same)
 #
 # Dispatch copies; its transpose adds the copies up ({{reference.dispatch.dispatch_backward}}).
 #
-# **Predict.** For any rows r, the products ⟨dispatch(x), r⟩ and ⟨x, dispatch_backward(r)⟩ are the same number. Why?
+# **Predict.** For any rows $r$, multiply dispatch($x$) with $r$ number by number and add everything up, and likewise $x$ with
+# dispatch_backward($r$). The two sums are the same number. Why?
 
 # %%
 r_ND = rng.standard_normal(rows_ND.shape)
@@ -191,12 +201,14 @@ left, right = (rows_ND * r_ND).sum(), (x_TD * dispatch_backward(r_ND, where)).su
 print(f"{left:.6f} and {right:.6f}")
 
 # %% [markdown]
-# Dispatch is a matrix M of zeros and ones, and both are xᵀ Mᵀ r.
+# Dispatch is a matrix $M$ of zeros and ones, one row for each row of the list, and dispatch_backward is $M^\top$. For each column both sums
+# are $x^\top M^\top r$.
 #
 # ## 7 · The same with einsums
 #
 # GShard wrote that matrix down: a tensor [T, K, E, C] of zeros and ones that says which token's which choice sits in which slot of which
-# expert ({{reference.dispatch.one_hot_slots}}). Then dispatch and combine are products with it, which NumPy writes as `np.einsum`.
+# expert ({{reference.dispatch.one_hot_slots}}; C is the capacity). Then dispatch and combine are products with it, which NumPy writes as
+# `np.einsum`.
 #
 # **Predict.** Same result? And how many entries has the tensor for 4,096 tokens, K = 2, 64 experts, with capacity factor 1? How many are
 # ones?
@@ -206,16 +218,18 @@ slot_TKEC = dispatch.one_hot_slots(expert_TK, keep_TK, EXPERTS, capacity=max(row
 rows_ECD = dispatch.one_hot_dispatch(x_TD, slot_TKEC)
 out_ECD = np.stack([run_expert(expert, rows_ECD[expert]) for expert in range(EXPERTS)])
 combined_TD = dispatch.one_hot_combine(out_ECD, gate_TK, slot_TKEC)
-print("equal up to rounding:", bool(np.allclose(combined_TD, sorted_TD, rtol=0, atol=1e-14)))
+same = bool(np.allclose(combined_TD, sorted_TD, rtol=0, atol=1e-14))
+print("equal to the sort up to rounding:", same)
 tokens, experts = 4096, 64
 capacity = K * tokens // experts
-print(f"{tokens * K * experts * capacity:,} entries, at most {tokens * K:,} of them ones")
+print(f"{tokens * K * experts * capacity:,} entries, up to {tokens * K:,} of them 1")
 print(f"the sort needs {2 * tokens * K + experts + 1:,} integers")
 
 # %% [markdown]
 # The tensor grows with the square of the number of tokens, the sort with the number. This is why the einsum lives in small groups, and
 # why everything fast since MegaBlocks sorts.
 #
-# Try: sort with `kind="quicksort"` and look for a difference. Why may you not find one here, and what would a difference break?
+# Try: in section 2, sort with `kind="quicksort"` and look for a difference. Why may you not find one here, and what would a difference
+# break?
 #
 # **Next:** [09 · your first Triton kernel](09_triton_kernel.ipynb)

@@ -37,9 +37,9 @@ print("rows of each expert:", np.diff(where.bounds_P).tolist())
 # %% [markdown]
 # ## 1 · Programs, blocks, masks
 #
-# `@triton.jit` makes a kernel of a function. A launch says in square brackets as how many *programs*, and every program runs the same
-# lines. What differs is `tl.program_id(0)`, from which it computes *which* elements are its own: a block of them, one for each *lane*. A
-# block has a power of two of lanes (`tl.constexpr`: known before the kernel is compiled), whether or not there is something for each; a
+# `@triton.jit` makes a kernel of a function. A launch says in square brackets how many *programs* there are, and every program runs the
+# same lines. What differs is `tl.program_id(0)`, from which it computes *which* elements are its own: a block of them, one for each *lane*.
+# A block has a power of two of lanes (`tl.constexpr`: known before the kernel is compiled), whether or not there is something for each; a
 # **mask** switches off the others. An array arrives as the address of its first element, and `tl.load` and `tl.store` take address + index.
 #
 # **Predict.** 10 numbers, blocks of 4: how many programs are launched? Which lanes of the last one are masked?
@@ -55,18 +55,19 @@ def double_kernel(X, Y, WHO, count, BLOCK: tl.constexpr):
     tl.store(WHO + at, tl.program_id(0), mask=inside)
 
 
-x, y, who = torch.arange(10.0), torch.full((12,), -1.0), torch.full((12,), -1, dtype=torch.int32)
+x, y = torch.arange(10.0), torch.full((12,), -1.0)
+who = torch.full((12,), -1, dtype=torch.int32)
 double_kernel[(triton.cdiv(10, 4),)](x, y, who, 10, BLOCK=4)
-print("y:  ", y.int().tolist())
-print("who:", who.tolist())
+for name, values in (("y", y.int()), ("who", who)):
+    print(f"{name:>3}:", *(f"{value:2}" for value in values.tolist()))
 
 # %% [markdown]
-# The last two places were there and nobody touched them.
+# `who` is the program that computed a number. The last two places were there, and nobody touched them.
 #
 # ## 2 · Can the interpreter be trusted?
 #
-# **Predict.** In bfloat16, what is 1 + 1? What is it in Triton's interpreter, which stores a bfloat16 as the 16-bit integer of its bits?
-# (1.0 is the bit pattern 0x3F80.)
+# **Predict.** In bfloat16, the 16-bit number of notebook 06, what is 1 + 1? What is it in Triton's interpreter, which stores a bfloat16 as
+# the 16-bit integer of its bits? (1.0 is the bit pattern 0x3F80.)
 
 
 # %%
@@ -88,8 +89,8 @@ importlib.import_module("optimized.kernels.interpreter").repair()
 print(f"repaired:              1 + 1 = {one_plus_one():.1e}")
 
 # %% [markdown]
-# It adds the *bits* as integers, 0x3F80 + 0x3F80 = 0x7F00, and says nothing. The project repairs its arithmetic before it trusts any
-# number from it ({{optimized.kernels.interpreter.repair}}).
+# It adds the *bits* as integers, 0x3F80 + 0x3F80 = 0x7F00, which are those of a huge number, and says nothing. The project calls
+# {{optimized.kernels.interpreter.repair}}, which mends this arithmetic, before it trusts any number from the interpreter.
 #
 # ## 3 · Gather: dispatch as a kernel
 #
@@ -110,7 +111,8 @@ def gather_kernel(X, TOKEN, ROWS, D, BLOCK: tl.constexpr):
     tl.store(ROWS + row * D + column, values, mask=inside)
 
 
-x, token, lanes = torch.from_numpy(x_TD), torch.from_numpy(where.token_N), triton.next_power_of_2(WIDTH)
+x, token = torch.from_numpy(x_TD), torch.from_numpy(where.token_N)
+lanes = triton.next_power_of_2(WIDTH)
 gathered = torch.full(rows_ND.shape, float("nan"))
 gather_kernel[(len(rows_ND),)](x, token, gathered, WIDTH, BLOCK=lanes)
 print(f"{lanes} lanes, {lanes - WIDTH} of them masked")
@@ -121,16 +123,17 @@ print("the reference's rows, to the bit:", bool(np.array_equal(gathered.numpy(),
 #
 # ## 4 · Tiles that respect experts
 #
-# Now the product: out = rows · W_e, with expert e's matrix for expert e's rows. A program owns 16 rows and 16 columns. If tiles simply
-# cut the rows into pieces of 16, one tile would need two matrices. So each expert begins a tile of its own, and its last one is partly
-# empty.
+# Now the product: $\mathrm{out} = \mathrm{rows} \cdot W_e$, with expert $e$'s matrix for expert $e$'s rows. A program owns a **tile** of
+# the result, 16 rows and 16 columns. If tiles simply cut the rows into pieces of 16, one tile would need two matrices. So each expert
+# begins a tile of its own, and its last one is partly empty.
 #
 # **Predict.** From the rows of each expert printed above: how many tiles are there? How many lanes along the rows are wasted?
 
 # %%
 tiles = tile_table(where.bounds_P)
 spans = [(int(expert), int(first), int(where.bounds_P[expert + 1])) for expert, first in tiles]
-print("(expert, first row):", [(expert, first) for expert, first, _ in spans])
+print("(expert, first row) of each tile:")
+print(*((expert, first) for expert, first, _ in spans))
 print(f"{len(tiles)} tiles, {16 * len(tiles)} lanes for {len(rows_ND)} rows")
 plots.tiles(spans, 16, EXPERTS)
 
@@ -140,7 +143,9 @@ plots.tiles(spans, 16, EXPERTS)
 #
 # ## 5 · The grouped product (exercise)
 #
-# This is how the kernel begins: the tile's expert, its rows and columns, and which of them are real.
+# The programs form a grid: `tl.program_id(0)` says which tile of rows, `tl.program_id(1)` which block of columns. TILES holds the table
+# above, (expert, first row) of every tile, and BOUNDS is `bounds_P` of notebook 08: expert $e$'s rows end before BOUNDS[$e$ + 1]. This is
+# how the kernel begins: the tile's expert, its rows and columns, and which of them are real.
 #
 # ```python
 # expert = tl.load(TILES + 2 * tl.program_id(0))
@@ -151,7 +156,8 @@ plots.tiles(spans, 16, EXPERTS)
 # total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
 # ```
 #
-# Write the rest. D need not be a multiple of BLOCK_DEPTH.
+# Copy these lines into the cell with `raise NotImplementedError`, in its place, and write the rest. D need not be a multiple of
+# BLOCK_DEPTH.
 #
 # - ROWS is [N, D], WEIGHT is [E, D, F], OUT is [N, F], all one row after the other in memory.
 # - Walk along the depth in steps of BLOCK_DEPTH: load a tile of ROWS, a tile of WEIGHT, and add their product.
@@ -173,7 +179,7 @@ def grouped_kernel(
     ROWS, WEIGHT, OUT, BOUNDS, TILES, D, F,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out = rows · W_e. Grid: (tiles, ⌈F / BLOCK_COLUMNS⌉); a program owns a tile of one expert."""
+    """out = rows · W_e. Grid: (tiles, ⌈F / BLOCK_COLUMNS⌉); a program owns a tile."""
     raise NotImplementedError
 
 
@@ -183,7 +189,7 @@ def grouped_kernel(
     ROWS, WEIGHT, OUT, BOUNDS, TILES, D, F,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out = rows · W_e. Grid: (tiles, ⌈F / BLOCK_COLUMNS⌉); a program owns a tile of one expert."""
+    """out = rows · W_e. Grid: (tiles, ⌈F / BLOCK_COLUMNS⌉); a program owns a tile."""
     expert = tl.load(TILES + 2 * tl.program_id(0))
     row = tl.load(TILES + 2 * tl.program_id(0) + 1) + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -194,8 +200,10 @@ def grouped_kernel(
         depth = start + tl.arange(0, BLOCK_DEPTH)
         rows_at = ROWS + row[:, None] * D + depth[None, :]
         weight_at = WEIGHT + (expert * D + depth[:, None]) * F + column[None, :]
-        rows = tl.load(rows_at, mask=row_inside[:, None] & (depth < D)[None, :], other=0.0)
-        weight = tl.load(weight_at, mask=(depth < D)[:, None] & column_inside[None, :], other=0.0)
+        rows_real = row_inside[:, None] & (depth < D)[None, :]
+        weight_real = (depth < D)[:, None] & column_inside[None, :]
+        rows = tl.load(rows_at, mask=rows_real, other=0.0)
+        weight = tl.load(weight_at, mask=weight_real, other=0.0)
         total = tl.dot(rows, weight, total, input_precision="ieee")
     out_at = OUT + row[:, None] * F + column[None, :]
     tl.store(out_at, total, mask=row_inside[:, None] & column_inside[None, :])
@@ -205,7 +213,8 @@ def grouped_kernel(
 check("grouped_product", launched(grouped_kernel))
 
 # %% [markdown]
-# `launched` allocates OUT, makes the table of tiles and launches your kernel once ({{notebooks.exercises.grouped_product.launched}}).
+# Before it calls the checker, {{notebooks.exercises.grouped_product.launched}} makes of your kernel a function of arrays: it allocates OUT,
+# makes the table of tiles and launches the kernel once.
 #
 # The three masks: without that of the rows a tile overwrites the next expert's, without that of the columns it runs on into the next row of
 # OUT, and without that of the depth it adds products of numbers that belong to other rows.
@@ -219,7 +228,8 @@ check("grouped_product", launched(grouped_kernel))
 # accept?
 
 # %%
-weight_EDF = (rng.standard_normal((EXPERTS, WIDTH, HIDDEN)) / np.sqrt(WIDTH)).astype(np.float32)
+weight_EDF = rng.standard_normal((EXPERTS, WIDTH, HIDDEN)) / np.sqrt(WIDTH)
+weight_EDF = weight_EDF.astype(np.float32)
 
 
 def by_expert(rows_ND: np.ndarray, weight_EDF: np.ndarray) -> np.ndarray:
@@ -232,7 +242,8 @@ truth_NF = by_expert(rows_ND.astype(np.float64), weight_EDF.astype(np.float64))
 eager_NF = by_expert(rows_ND, weight_EDF)
 
 # %%
-launch, blocks = (importlib.import_module(f"optimized.kernels.{name}") for name in ("launch", "blocks"))
+launch = importlib.import_module("optimized.kernels.launch")
+blocks = importlib.import_module("optimized.kernels.blocks")
 height = blocks.blocks_of("product", torch.float32, "ieee").rows
 keep_TK = torch.ones(expert_TK.shape, dtype=torch.bool)
 schedule = launch.sort_by_expert(torch.from_numpy(expert_TK), keep_TK, EXPERTS, height)
@@ -252,9 +263,8 @@ for name, result_NF in results.items():
     print(f"{name:>16}: {'accepted' if passed else 'rejected'}")
 
 # %% [markdown]
-# Published tests of such kernels have accepted zeros ({{docs/chapters/equal.md}}). A test that cannot fail proves
-# nothing.
+# Published tests of such kernels have accepted zeros ({{docs/chapters/equal.md}}). A test that cannot fail proves nothing.
 #
-# Try: tiles of 32 rows instead of 16. How many lanes are wasted now, and what do you gain?
+# Try, with a pencil: tiles of 32 rows instead of 16. How many are there, how many lanes are wasted, and what do you gain?
 #
 # This is the last notebook. {{docs/chapters/ladder.md}} goes on from here, one rung at a time, to the kernels that the fast track uses.

@@ -1,5 +1,8 @@
-# Finds Moebius around or beside this notebook, and installs what is missing. In Colab it is not there:
-# put a cell above this one that says !git clone and the address of the repository, and run it first.
+# Finds Moebius around or beside this
+# notebook, and installs what is missing.
+# In Colab it is not there: put a cell above
+# this one that says !git clone and the
+# address of the repository; run it first.
 import importlib.util
 import subprocess
 import sys

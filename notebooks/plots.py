@@ -19,7 +19,10 @@ from matplotlib.ticker import MaxNLocator
 
 INK, LIGHTER_INK = "#7f7f7f", "#818181"
 """Two greys that nobody tells apart, one on either side of the middle: where the labels of the ticks are all of one side, Jupyter takes the
-picture for one that needs a ground of the other, and lays white under it on a dark page."""
+picture for one that needs a ground of the other, and lays white under it on a dark page.
+
+The contrast of the first is 4.00 with white and 4.02 with the site's dark ground, #1e2129, whose luminance is 0.015; of the second, 3.90
+and 4.13. No colour has more than √(1.05 / (0.015 + 0.05)) = 4.01 with both: 4.5 would need a dark ground of #060606 at most."""
 COLOURS = ("#4a8fd0", "#d2762b", "#3c9a68", "#b065c0", "#c9525a", "#8c8a2e", "#2a9da5", "#a07855")
 LINES = ("-", "--", ":", "-.")
 HATCHES = ("", "//", "..", "xx")
@@ -65,8 +68,15 @@ def axes(width: float, height: float, *titles: str) -> Sequence[Axes]:
     plt.rcParams.update(STYLE)
     _, drawn = plt.subplots(1, len(titles), figsize=(width, height), layout="constrained", squeeze=False, FigureClass=Picture)
     for own, title in zip(drawn[0], titles, strict=True):
-        own.set_title(textwrap.fill(title, round(LETTERS_PER_INCH * (width / len(titles) - 1))))
+        own.set_title(balanced(title, round(LETTERS_PER_INCH * (width / len(titles) - 1))))
     return drawn[0]
+
+
+def balanced(title: str, width: int) -> str:
+    """The title in as few lines as fit, and these as narrow as they can be: no word is left alone."""
+    lines, longest = len(textwrap.wrap(title, width)), max(map(len, title.split()))
+    enough = (narrow for narrow in range(min(longest, width), width) if len(textwrap.wrap(title, narrow)) == lines)
+    return textwrap.fill(title, next(enough, width))
 
 
 def cells(drawn: Axes, values: np.ndarray, shades: ListedColormap, low: float, high: float) -> AxesImage:
@@ -164,12 +174,13 @@ def shares(load_SE: np.ndarray, title: str, mark: int | None = None) -> None:
 
 
 def table(values: np.ndarray, rows: Sequence[str], title: str, xlabel: str, ylabel: str, size: str, columns: Sequence[str] = ()) -> None:
-    """A matrix of numbers ≥ 0, strong where they are large; `size` says what the numbers are."""
-    (drawn,) = axes(6.4, 1.1 + 0.28 * len(rows), title)
+    """A matrix of numbers ≥ 0, strong where they are large; `size` says what the numbers are; columns without names are numbered."""
+    (drawn,) = axes(5.4, 1.1 + 0.28 * len(rows), title)
     image = cells(drawn, values, SHADES, 0, float(values.max()))
     drawn.figure.colorbar(image, ax=drawn, label=size)
     drawn.set_yticks(range(len(rows)), rows)
-    drawn.set_xticks(range(values.shape[1]), columns or [str(column) for column in range(values.shape[1])], fontsize=10)
+    if columns:
+        drawn.set_xticks(range(values.shape[1]), columns)
     drawn.set_xlabel(xlabel)
     drawn.set_ylabel(ylabel)
 

@@ -26,7 +26,7 @@ from notebook_answers import (
     without_the_zero,
 )
 
-from notebooks import build, checks, exercises, plots
+from notebooks import build, checks, exercises, plots, prints
 
 BUILT = [(number, variant) for number in SOURCES for variant in build.VARIANTS]
 
@@ -182,7 +182,7 @@ def test_differences_see_code_prose_and_printed_text() -> None:
         altered.cells[number][change] = altered.cells[number][change][:-1]
         assert len(build.differences(committed, altered)) == 1
     altered = build.read(build.target(SOURCES["01"], "exercise"))
-    table = altered.cells[5].outputs[0]
+    table = altered.cells[6].outputs[0]
     table["text"] = table["text"].replace("1.6", "1.7", 1)
     assert len(build.differences(committed, altered)) == 1, "one digit is a difference, whatever computed it"
     altered.cells.pop()
@@ -228,8 +228,8 @@ def test_notebook_asks_for_predictions_and_is_no_longer_than_it_may_be(number: s
     assert predictions >= 0.6 * printing
 
 
-WIDEST = 110
-"""Characters of code that an editor shows beside its list of files; what is behind them is cut off."""
+WIDEST = 95
+"""Characters of code that a page of the site shows between its two lists; what is behind them is cut off."""
 
 
 @pytest.mark.parametrize("number", SOURCES)
@@ -238,6 +238,36 @@ def test_no_line_of_code_is_cut_off(number: str) -> None:
         line for variant in build.VARIANTS for code in build.code(build.compose(SOURCES[number], variant)) for line in code.splitlines()
     ]
     assert [line for line in lines if len(line) > WIDEST] == []
+
+
+@pytest.mark.parametrize("number", SOURCES)
+def test_no_printed_line_is_wider_than_the_code(number: str) -> None:
+    printed = build.text_outputs(build.read(build.target(SOURCES[number], "exercise")))
+    assert [line for text in printed for line in text.splitlines() if len(line) > WIDEST] == []
+
+
+def test_numbers_stand_below_their_names_and_zero_has_no_sign(capsys: pytest.CaptureFixture[str]) -> None:
+    prints.numbers({"a": [1.26, -0.01], "long": [-3, 10]}, ["left", "right"])
+    assert capsys.readouterr().out == "        left   right\n   a     1.3     0.0\nlong    -3.0    10.0\n"
+
+
+def test_sentence_is_short_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    prints.sentence("seen in: here; there, " + 8 * "and in places of many names, ")
+    first, second, *rest = capsys.readouterr().out.splitlines()
+    assert first == "seen in: here" and second.startswith("  there, and in places") and len(rest) > 3
+    assert all(len(line) <= prints.WIDTH and line.startswith("  ") for line in rest)
+
+
+@pytest.mark.parametrize(
+    "title, width, lines",
+    [
+        ("one line", 20, ["one line"]),
+        ("four words on two lines", 22, ["four words", "on two lines"]),
+        ("unbreakable", 4, ["unbr", "eaka", "ble"]),
+    ],
+)
+def test_title_leaves_no_word_alone(title: str, width: int, lines: list[str]) -> None:
+    assert plots.balanced(title, width).split("\n") == lines
 
 
 def test_first_cell_needs_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def shown(cell: Any, stem: str, pictures: dict[str, bytes]) -> Iterator[str]:
             pictures[name] = base64.b64decode(data["image/png"])
             yield drawn(name, pictures[name], data["text/plain"].removeprefix("picture: "))
         elif text := output.get("text") or data.get("text/plain"):
-            yield fence(".text .output", text)
+            yield fence(".text .output .wraps", text)
 
 
 def heading(source: Path) -> str:
@@ -129,7 +129,7 @@ def page(source: Path) -> Exported:
         if cell.cell_type == "markdown":
             title, *rest = prose(cell.source).split("\n\n")
             parts += [title, *([heading(source)] if number == 0 else []), *rest]
-            asked = asked or "**Predict.**" in cell.source
+            asked = "**Predict.**" in cell.source
             continue
         code = fence(".python", cell.source)
         if number == 1:
@@ -142,7 +142,6 @@ def page(source: Path) -> Exported:
         results = "\n\n".join(shown(cell, source.stem, pictures))
         if results:
             parts.append(folded("abstract", "The result", results) if asked else results)
-            asked = False
     return Exported("\n\n".join(parts) + "\n", pictures)
 
 

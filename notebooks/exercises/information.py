@@ -43,6 +43,11 @@ def _every_label_alike(expert_TK: np.ndarray, label_T: np.ndarray) -> float:
     return float((joint_VE[seen_VE] * np.log2(joint_VE[seen_VE] / independent_VE[seen_VE])).sum())
 
 
+def _each_cell_once(expert_TK: np.ndarray, label_T: np.ndarray) -> float:
+    label_N, expert_N = np.nonzero(_joint(expert_TK, label_T))
+    return mutual_information(expert_N[:, None], label_N)
+
+
 def _labels_added_up(expert_TK: np.ndarray, label_T: np.ndarray) -> float:
     joint_VE = _joint(expert_TK, label_T)
     label_V1, seen_VE = joint_VE.sum(1, keepdims=True), joint_VE > 0
@@ -67,6 +72,8 @@ EXERCISE = Exercise(
     (
         Mistake(_in_nats, "These are nats. Bits take the logarithm to the base 2."),
         Mistake(_first_choices, "Only the first choice of each token is counted. All K choices count, once each."),
+        Mistake(_each_cell_once, "Each cell is counted once, however often it occurs: `table[label, expert] += 1` adds once for each "
+                "distinct index. np.add.at adds every time."),
         Mistake(_empty_cells_are_nan, "A cell that never occurs contributes nothing, but 0 · log 0 is NaN for NumPy. Sum over the others."),
         Mistake(_entropy_of_the_pair, "This is the entropy of the pair. Divide by what the share would be if expert and label were "
                 "independent, p(v) · p(e), inside the logarithm."),
