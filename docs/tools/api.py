@@ -10,7 +10,7 @@ API = {
     ],
     "reference.proof": ["equal", "teeth", "cases"],
     "reference.autograd": ["layer", "transformer", "training", "checkpoints", "sampling"],
-    "optimized": ["layer", "backends", "contracts", "huggingface", "expert_parallel"],
+    "optimized": ["layer", "backends", "contracts", "comparison", "tracks", "planning", "huggingface", "expert_parallel"],
 }  # fmt: skip
 """Package → modules with a page of their own, in this order."""
 
