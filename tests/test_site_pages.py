@@ -300,8 +300,10 @@ def test_every_function_of_an_equation_is_a_link(pages):
 
 
 def test_options_in_help_are_code(pages):
+    page = pages["reference/command-line.md"]
+    assert "Default: the committed model." in page and "Default: 0.7; `--quick`: 0.3." in page
     assert generated.with_options("With --out, or `--json`; well-known -- so.") == "With `--out`, or `--json`; well-known -- so."
-    assert not re.search(r"(?<!`)--\w", pages["reference/command-line.md"])
+    assert not re.search(r"(?<!`)--\w", page)
 
 
 def test_notebook_page_names_pages_by_their_titles_and_folds_hints():
