@@ -75,7 +75,7 @@ def a_single_expert_teaches_the_router(gradient: Callable[[np.ndarray, np.ndarra
     """With K = 1 a gate's cotangent reaches the scores."""
     scores_TE = softmax_forward(np.random.default_rng(2).standard_normal((4, 5)))[0]
     dscores_TE = gradient(scores_TE, np.ones((4, 1)))
-    expect(np.abs(dscores_TE).max() > 1e-3, f"the largest gradient of a score is {np.abs(dscores_TE).max():.1e}")
+    expect(np.abs(dscores_TE).max() > 1e-3, f"the largest gradient of a score is {np.abs(dscores_TE).max():.2g}")
 
 
 def routed_scores_sum_to_one(scores: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
