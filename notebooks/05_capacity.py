@@ -65,7 +65,7 @@ for name, expert_TK in chosen.items():
     keep_TK, capacity = kept(expert_TK, gate[name], config)
     dropped, empty = (~keep_TK).sum(), EXPERTS * capacity - keep_TK.sum()
     places = EXPERTS * capacity
-    print(f"{name:>6}: {dropped:3} dropped, {empty:3} of {places} places free")
+    print(f"{name:>6} {dropped:3} dropped, {empty:3} of {places} places free")
 load_E = np.bincount(chosen["skewed"].ravel(), minlength=EXPERTS)
 plots.load(load_E, capacity, [str(expert) for expert in range(EXPERTS)])
 

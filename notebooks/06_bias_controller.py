@@ -42,7 +42,7 @@ def load_of(expert_TK: np.ndarray) -> np.ndarray:
 
 scores_TE = scores_of(0)
 load_E = load_of(top_k(scores_TE, K))
-print("load:", load_E.tolist())
+print("load", load_E.tolist())
 print(f"mean {TOKENS * K // EXPERTS}, MaxVio {max_violation(load_E):.2f}")
 
 # %% [markdown]
@@ -59,7 +59,7 @@ print(f"mean {TOKENS * K // EXPERTS}, MaxVio {max_violation(load_E):.2f}")
 bias_E = sign_bias_update(np.zeros(EXPERTS), load_E, 0.05)
 for value in np.unique(bias_E):
     print(f"bias {value:+.2f}: experts", np.flatnonzero(bias_E == value).tolist())
-print("load:", load_of(top_k(scores_TE + bias_E, K)).tolist())
+print("load", load_of(top_k(scores_TE + bias_E, K)).tolist())
 
 # %% [markdown]
 # All steps are equally long, whether an expert has more than twice the mean or just a little more.
@@ -131,10 +131,10 @@ def control(rate: float, rule: str = "sign", steps: int = 200, taste_of=lambda s
 
 
 by_rate = {f"γ = {rate}": control(rate)[0] for rate in (0.001, 0.01, 0.1)}
-print("MaxVio     at first  step 50  last 20 steps")
+print("MaxVio     at first step 50 last 20 steps")
 for name, violations in by_rate.items():
     at_last = violations[-20:].mean()
-    print(f"{name:>9} {violations[0]:9.2f} {violations[50]:8.2f} {at_last:14.2f}")
+    print(f"{name:>9} {violations[0]:9.2f} {violations[50]:7.2f} {at_last:13.2f}")
 plots.curves(np.arange(200), by_rate, "step", "MaxVio", "MaxVio under three step sizes")
 
 # %% [markdown]

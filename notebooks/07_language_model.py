@@ -55,7 +55,7 @@ for domain in corpus.domains:
     bits_V = -np.log2(count_V / count_V.sum())
     by_frequency[domain] = bits_V[corpus.heldout[domain]].mean()
     frequent = by_frequency[domain]
-    print(f"{domain:>10}: all alike {np.log2(256):.1f}, by frequency {frequent:.1f}")
+    print(f"{domain:>10} all alike {np.log2(256):.1f}, by frequency {frequent:.1f}")
 
 # %% [markdown]
 # ## 2 · Train

@@ -70,8 +70,8 @@ print(products, "products of one row")
 # %%
 token_N, slot_N = np.nonzero(keep_TK)
 expert_N = expert_TK[token_N, slot_N]
-print("token: ", *token_N)
-print("expert:", *expert_N)
+print("token ", *token_N)
+print("expert", *expert_N)
 print("rows of each expert:", np.bincount(expert_N, minlength=EXPERTS).tolist())
 
 # %% [markdown]
@@ -82,8 +82,8 @@ print("rows of each expert:", np.bincount(expert_N, minlength=EXPERTS).tolist())
 
 # %%
 by_expert_N = np.argsort(expert_N, kind="stable")
-print("token: ", *token_N[by_expert_N])
-print("expert:", *expert_N[by_expert_N])
+print("token ", *token_N[by_expert_N])
+print("expert", *expert_N[by_expert_N])
 print("token 0 in rows", np.flatnonzero(token_N[by_expert_N] == 0).tolist())
 print("expert 2 from row", int(np.argmax(expert_N[by_expert_N] == 2)))
 orders = (np.arange(len(token_N)), by_expert_N)
