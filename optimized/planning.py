@@ -37,7 +37,7 @@ FORMATS = {"float32": (4.0, 4), "bfloat16": (2.0, 2), "float16": (2.0, 2), "fp8"
 """Format of the weights → (bytes of a weight, bytes of a number of an activation). MXFP4 has an 8-bit exponent for every 32 weights; where
 weights have fewer than 16 bits, activations are kept and sent in bf16."""
 ROUTER_WIDTH = 64
-RANK_TOKENS, MOST_LOGITS = 64, 1 << 22
+RANK_TOKENS, MOST_NUMBERS, MOST_RANKS = 64, 1 << 22, 4096
 
 
 class Step(NamedTuple):
@@ -90,10 +90,10 @@ def step(model: ModelConfig, tokens: int, *, context: int, dtype: str) -> Step:
 
 
 def spread(model: ModelConfig, ranks: int, *, dtype: str) -> Spread:
-    """The model on `ranks` ranks. Raises ValueError for fewer than 1, and for a model without experts."""
+    """The model on `ranks` ranks. Raises ValueError for fewer than 1 or more than 4096, and for a model without experts."""
     (size, itemsize), layers = sizes(dtype), Counter(model.moe_layers())
     require(bool(layers), f"{model.name} has no MoE layer whose experts could be spread over ranks")
-    require(ranks >= 1, f"ranks is {ranks}; there must be at least 1")
+    require(1 <= ranks <= MOST_RANKS, f"ranks is {ranks}; from 1 to {MOST_RANKS} can be counted")
     elsewhere = rows = forward = backward = 0.0
     most = 0
     for config, count in layers.items():
@@ -117,7 +117,7 @@ def _network_parameters(config: MoEConfig) -> int:
 
 def _drawn_volume(config: MoEConfig, placement: Placement, itemsize: int) -> tuple[AllToAll, int, int]:
     """(bytes, rows that crossed, tokens or groups that sent them) of a drawn routing, each rank with the tokens of one group."""
-    tokens = max(1, min(RANK_TOKENS, MOST_LOGITS // (config.experts.count * placement.ranks)))
+    tokens = max(1, min(RANK_TOKENS, MOST_NUMBERS // (max(config.experts.count, placement.ranks) * placement.ranks)))
     rank_T = np.repeat(np.arange(placement.ranks), tokens)
     expert_TK, keep_TK = _drawn_choices(config, rank_T)
     units = len(rank_T)

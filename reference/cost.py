@@ -208,8 +208,9 @@ def all_to_all_volume(
     owner_TK = owner_E[np.where(owned_TK, expert_TK, 0)]
     assignments_TR = np.stack([((owner_TK == rank) & owned_TK).sum(1) for rank in range(ranks)], axis=1)
     remote_TR = assignments_TR * (rank_T[:, None] != np.arange(ranks))
-    here_RT = rank_T == np.arange(ranks)[:, None]
-    crossings_RR, copies_RR = (here_RT.astype(np.int64) @ part_TR for part_TR in (remote_TR > 0, remote_TR))
+    crossings_RR, copies_RR = np.zeros((2, ranks, ranks), np.int64)
+    np.add.at(crossings_RR, rank_T, remote_TR > 0)
+    np.add.at(copies_RR, rank_T, remote_TR)
     rows = crossings_RR * d_model * itemsize
     return AllToAll(rows + copies_RR * (gate_itemsize + CODE_BYTES), rows.T, rows, rows.T + copies_RR.T * gate_itemsize)
 

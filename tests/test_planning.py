@@ -94,6 +94,7 @@ def test_a_dense_model_has_steps_and_no_ranks() -> None:
     [
         (dict(tokens=[0], ranks=[1], dtype="fp8", context=1), "tokens is 0"),
         (dict(tokens=[1], ranks=[0], dtype="fp8", context=1), "ranks is 0"),
+        (dict(tokens=[1], ranks=[5000], dtype="fp8", context=1), "ranks is 5000; from 1 to 4096"),
         (dict(tokens=[1], ranks=[1], dtype="int3", context=1), "dtype is 'int3'; known: float32"),
         (dict(tokens=[1], ranks=[1], dtype="fp8", context=0), "context is 0"),
     ],
