@@ -233,7 +233,7 @@ def command_line() -> str:
 def option_row(option: Any) -> tuple[str, str]:
     """How an option is written, what it does, and what holds where it is not given."""
     told = option.show_default if isinstance(getattr(option, "show_default", None), str) else None
-    known = told or option.default not in (None, False, "", ()) and not callable(option.default)
+    known = told or (option.default not in (None, False, "", ()) and not callable(option.default))
     default = f" Default: {with_options(told) if told else f'`{option.default}`'}." if known else ""
     return " ".join(f"`{text}`" for text in option.opts), with_options(getattr(option, "help", None) or "") + default
 
