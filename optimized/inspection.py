@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from reference.autograd.conversion import routing_to_numpy
 from reference.autograd.transformer import LanguageModel
 from reference.balancing import coefficient_of_variation, dead_experts, max_violation
 from reference.routing import Routing
-from reference.text import Corpus
-
-from .tour import Size, heldout_pass
 
 
 class LayerFacts(NamedTuple):
@@ -34,13 +31,10 @@ class LayerFacts(NamedTuple):
     bias_high: float | None
 
 
-@torch.no_grad()
-def layer_facts(model: LanguageModel, corpus: Corpus, size: Size) -> dict[int, LayerFacts]:
-    """MoE layer → its facts, on the same windows of every domain as the tour's."""
-    tokens_BS, _ = heldout_pass(model, corpus, size.heldout, min(256, 8 * size.parity_length))
-    routings = model.eval()(tokens_BS)[1].routing
+def layer_facts(model: LanguageModel, routings: Mapping[int, Routing]) -> dict[int, LayerFacts]:
+    """MoE layer → its facts, from the model's `tour.heldout_routings`."""
     layers = model.moe_layers()
-    return {number: _facts(routing_to_numpy(routing), _bias(layers[number])) for number, routing in sorted(routings.items())}
+    return {number: _facts(routing, _bias(layers[number])) for number, routing in routings.items()}
 
 
 def _bias(layer: torch.nn.Module) -> np.ndarray | None:

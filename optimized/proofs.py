@@ -22,7 +22,10 @@ from .experts_proof import experts_outputs, prove_experts, require_good
 from .route_proof import prove_route
 from .yardstick import eager_outputs
 
-__all__ = ["CONTRACTS", "PROOFS", "experts_outputs", "prove", "why_not"]
+__all__ = ["CONTRACTS", "FEW_CASES", "PROOFS", "experts_outputs", "prove", "why_not"]
+
+FEW_CASES = ("few-tokens", "empty-experts", "drops", "gelu-bias", "swiglu-bias")
+"""One of every kind, for where all of them would take too long."""
 
 
 def _prove_parallelize(function: Callable, case: Case, dtype: str, device: str) -> list[Report]:

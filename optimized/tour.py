@@ -26,6 +26,7 @@ from reference.autograd.training import TrainConfig, heldout_bits, train
 from reference.autograd.transformer import LanguageModel
 from reference.model_config import ModelConfig
 from reference.proof.cases import Inputs
+from reference.routing import Routing
 from reference.specialization import domain_expert_share, measure
 from reference.text import DOMAINS, Corpus, decode, heldout_windows, load_corpus
 
@@ -46,6 +47,11 @@ class Size:
     timing_seconds: float
     permutations: int
     sample_bytes: int
+
+    @property
+    def window(self) -> int:
+        """Bytes of a held-out window."""
+        return min(256, 8 * self.parity_length)
 
 
 FULL = Size(60.0, heldout=24, parity_windows=2, parity_length=128, timing_seconds=6.0, permutations=200, sample_bytes=400)
@@ -150,18 +156,20 @@ def heldout_pass(model: LanguageModel, corpus: Corpus, windows: int, length: int
 
 
 @torch.no_grad()
-def who_routes_where(model: LanguageModel, corpus: Corpus, size: Size) -> dict[int, LayerRouting]:
-    """MoE layer → shares and mutual information on held-out text; the null deals labels out by sequence, for a domain belongs to one."""
-    tokens_BS, domain_B = heldout_pass(model, corpus, size.heldout, min(256, 8 * size.parity_length))
-    length = tokens_BS.shape[1]
-    label_T, sequence_T = np.repeat(domain_B, length), np.repeat(np.arange(len(domain_B)), length)
+def heldout_routings(model: LanguageModel, corpus: Corpus, size: Size) -> tuple[dict[int, Routing], np.ndarray]:
+    """(MoE layer → its routing in evaluation, domain of each sequence [B]) on `size.heldout` windows of every domain."""
+    tokens_BS, domain_B = heldout_pass(model, corpus, size.heldout, size.window)
     routings = model.eval()(tokens_BS)[1].routing
+    return {layer: routing_to_numpy(routing) for layer, routing in sorted(routings.items())}, domain_B
+
+
+def who_routes_where(routings: Mapping[int, Routing], domain_B: np.ndarray, corpus: Corpus, size: Size) -> dict[int, LayerRouting]:
+    """MoE layer → shares and mutual information of `heldout_routings`; the null deals labels out by sequence: a domain belongs to one."""
+    label_T, sequence_T = np.repeat(domain_B, size.window), np.repeat(np.arange(len(domain_B)), size.window)
+    experts = max((len(routing.load) for routing in routings.values()), default=0)  # layers may differ
     found = {}
-    for layer, routing in sorted(routings.items()):
-        routing = routing_to_numpy(routing)
-        share_VE = domain_expert_share(
-            routing.expert, label_T, model.config.moe.experts.count, labels=len(corpus.domains), keep_TK=routing.keep
-        )
+    for layer, routing in routings.items():
+        share_VE = domain_expert_share(routing.expert, label_T, experts, labels=len(corpus.domains), keep_TK=routing.keep)
         measured = measure(
             routing.expert,
             label_T,
@@ -180,7 +188,7 @@ def examine(
 ) -> Trained:  # fmt: skip
     """A trained model with its held-out bits and who routes where."""
     bits = heldout_bits(model, corpus, length, size.heldout, batch)
-    return Trained(model, log, seconds, steps, planned, bits, who_routes_where(model, corpus, size))
+    return Trained(model, log, seconds, steps, planned, bits, who_routes_where(*heldout_routings(model, corpus, size), corpus, size))
 
 
 @torch.no_grad()

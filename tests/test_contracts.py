@@ -21,14 +21,13 @@ from reference.layer import apply_experts as specification
 from reference.proof.cases import CASES, Case, get
 
 CPU = torch.device("cpu")
-FEW_CASES = ("few-tokens", "empty-experts", "drops", "gelu-bias", "swiglu-bias")
 DTYPES = ("float64", "float32", "tf32", "bfloat16", "float16")
 
 
 def cases_of(promise: Contract, dtype: str) -> tuple[Case, ...]:
     """All cases; a few where fp16 is emulated, a kernel interpreted (its own tests run them all), or a backend only picked."""
     few = dtype == "float16" or promise.backend in ("triton", backends.AUTO)
-    return tuple(map(get, FEW_CASES)) if few else CASES
+    return tuple(map(get, proofs.FEW_CASES)) if few else CASES
 
 
 KEPT_HERE = [

@@ -145,7 +145,7 @@ def test_the_layers_reached_by_text_are_equal_in_every_track(untrained: Language
 def test_who_routes_where_sees_an_expert_that_reads_one_domain(untrained: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus, _ = tour.open_corpus()
     size = dataclasses.replace(SIZE, heldout=8)
-    found = tour.who_routes_where(untrained, corpus, size)
+    found = tour.who_routes_where(*tour.heldout_routings(untrained, corpus, size), corpus, size)
     assert list(found) == sorted(untrained.moe_layers())
     for layer in found.values():
         assert np.allclose(np.sum(layer.share, axis=1), 1) and np.shape(layer.share) == (3, TINY.moe.experts.count)
@@ -157,7 +157,7 @@ def test_who_routes_where_sees_an_expert_that_reads_one_domain(untrained: Langua
 
     real = tour.routing_to_numpy
     monkeypatch.setattr(tour, "routing_to_numpy", by_domain)
-    for layer in tour.who_routes_where(untrained, corpus, size).values():
+    for layer in tour.who_routes_where(*tour.heldout_routings(untrained, corpus, size), corpus, size).values():
         assert math.isclose(layer.information["information"], math.log2(3))
         assert layer.information["excess"] > 5 * (layer.information["null_high"] - layer.information["null_mean"])
 

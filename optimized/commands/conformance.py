@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
     from ..contracts import Contract
 
-FEW_CASES = "few-tokens,empty-experts,drops,gelu-bias,swiglu-bias"
-
 
 def run(
     backend: Annotated[str | None, typer.Option(help="Only the promises of this backend.", show_default="every one")] = None,
     dtypes: Annotated[str, typer.Option(help="In these dtypes, separated by commas.")] = "float64,float32,bfloat16",
-    cases: Annotated[str, typer.Option(help="On these cases of the proof, separated by commas, or all.")] = FEW_CASES,
+    cases: Annotated[
+        str | None, typer.Option(help="On these cases of the proof, separated by commas, or all.", show_default="a few, of every kind")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> Result:
     """Put every promise of the fast track to the proof on this machine: what each function says it equals, in which dtypes."""
@@ -72,9 +72,13 @@ def _dtypes(text: str) -> list[str]:
     return kinds
 
 
-def _cases(text: str) -> list[Case]:
+def _cases(text: str | None) -> list[Case]:
     from reference.proof.cases import CASES, get
 
+    from ..proofs import FEW_CASES
+
+    if text is None:
+        return [get(name) for name in FEW_CASES]
     return list(CASES) if text == "all" else [get(name.strip()) for name in text.split(",")]
 
 

@@ -40,10 +40,11 @@ def run(
     require(windows >= 1, f"--windows is {windows}; there must be at least 1")
     model = load_model(path, moe_class=MoE, dtype=torch.float32)
     corpus, _ = tour.open_corpus()
-    size, length = dataclasses.replace(tour.FULL, heldout=windows), min(256, 8 * tour.FULL.parity_length)
+    size = dataclasses.replace(tour.FULL, heldout=windows)
     out = _show.console()
-    bits = heldout_bits(model, corpus, length, windows, 8)
-    facts, routing = layer_facts(model, corpus, size), tour.who_routes_where(model, corpus, size) if model.moe_layers() else {}
+    bits = heldout_bits(model, corpus, size.window, windows, 8)
+    routings, domain_B = tour.heldout_routings(model, corpus, size)
+    facts, routing = layer_facts(model, routings), tour.who_routes_where(routings, domain_B, corpus, size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     out.print(f"{model.config.name}: {parameters:,} parameters, experts in {len(facts)} of {model.config.layers} layers", markup=False)
     out.print(_show.bits_table({"held-out": bits}, corpus.domains))
@@ -55,7 +56,7 @@ def run(
         )
         out.print(_show.heat_table(routing, corpus.domains, out.width))
         out.print(_show.information_table(routing))
-        out.print(f"A bar: an expert's share of the domain's tokens. {windows} windows of {length} held-out bytes a domain.", style="dim")
+        out.print(f"A bar: an expert's share of the domain's tokens, in {windows} windows of {size.window} held-out bytes.", style="dim")
     data = {"checkpoint": str(path), "model_config": model.config.to_dict(), "parameters": parameters, "heldout": bits}
     return Result(data | {"layers": facts, "routing": routing})
 
